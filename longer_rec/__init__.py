@@ -1,0 +1,3 @@
+"""Training and serving rankers over ultra-long user histories, on TorchRec."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,142 @@
+"""One batch of requests: jagged histories, jagged candidates, labels, user features.
+
+A request is one user at one time with a list of candidates. Nothing is padded and no history is copied per
+candidate: two requests with histories of 3 and 1 events and 2 and 3 candidates are
+
+    history["item"]    = [a b c | d]       history_length_B  = [3, 1]
+    candidates["item"] = [p q | r s t]     num_candidates_B  = [2, 3]
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from longer_rec.errors import DataError
+from longer_rec.schema import Feature, Schema
+
+
+
+@dataclass(frozen=True)
+class RequestBatch:
+    """B requests with T events and C candidates in all; ids are int64 rows of the schema's tables.
+
+    Events of a request stand oldest to newest, all strictly before its time. Times are int64 seconds since the
+    epoch. ``users`` maps a feature to its ids, packed over requests, and ``user_length_B`` to their number per
+    request (1 for a single-valued feature). ``request_row_B`` is the request's row in the index it came from.
+    ``label_CY`` is NaN-free float32 in [0, 1].
+    """
+
+    history: dict[str, Tensor]
+    history_time_T: Tensor
+    history_length_B: Tensor
+    candidates: dict[str, Tensor]
+    num_candidates_B: Tensor
+    label_CY: Tensor
+    users: dict[str, Tensor]
+    user_length_B: dict[str, Tensor]
+    user_dense_BF: Tensor
+    request_time_B: Tensor
+    request_row_B: Tensor
+
+    @property
+    def num_requests(self) -> int:
+        return self.history_length_B.numel()
+
+    @property
+    def num_events(self) -> int:
+        return self.history_time_T.numel()
+
+    @property
+    def num_candidates(self) -> int:
+        return self.label_CY.shape[0]
+
+    def _map(self, function: Any) -> Self:
+        return replace(self, **{field.name: _map_tensors(getattr(self, field.name), function) for field in fields(self)})
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        return self._map(Tensor.pin_memory)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        self._map(lambda tensor: tensor.record_stream(stream) or tensor)
+
+
+def _map_tensors(value: Any, function: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: function(tensor) for key, tensor in value.items()}
+    return function(value)
+
+
+def concat_batches(batches: Sequence[RequestBatch]) -> RequestBatch:
+    """The batches one after the other along the request axis: the order in which logical workers are looked up."""
+    def join(name: str) -> Any:
+        values = [getattr(batch, name) for batch in batches]
+        if isinstance(values[0], dict):
+            return {key: torch.cat([value[key] for value in values]) for key in values[0]}
+        return torch.cat(values)
+
+    return RequestBatch(**{field.name: join(field.name) for field in fields(RequestBatch)})
+
+
+def validate_batch(batch: RequestBatch, schema: Schema) -> None:
+    """Check ids, lengths and times once, before any lookup; ``DataError`` names the first fault.
+
+    Training and serving call this same function: FBGEMM maps an out-of-range id to row 0 silently, and a length
+    that does not add up reads another request's events.
+    """
+    _check_lengths("history", batch.history_length_B, batch.num_events)
+    _check_lengths("candidates", batch.num_candidates_B, batch.num_candidates)
+    _check_ids("history", batch.history, schema.history_features, schema, batch.num_events)
+    _check_ids("candidate", batch.candidates, schema.item_features, schema, batch.num_candidates)
+    for feature in schema.user_features:
+        _check_lengths(f"user {feature.name!r}", batch.user_length_B[feature.name], batch.users[feature.name].numel())
+        if not feature.multi_valued and not bool((batch.user_length_B[feature.name] == 1).all()):
+            raise DataError(f"user feature {feature.name!r} must have exactly one value in each request")
+    _check_ids("user", batch.users, schema.user_features, schema, None)
+    _check_times(batch)
+    for name, value in (("labels", batch.label_CY), ("dense user features", batch.user_dense_BF)):
+        if not bool(torch.isfinite(value).all()):
+            raise DataError(f"{name} hold NaN or infinity; clean the log and prepare it again")
+
+
+def _check_lengths(what: str, length_B: Tensor, total: int) -> None:
+    if length_B.numel() and int(length_B.min()) < 0:
+        raise DataError(f"{what}: length {int(length_B.min())} is negative; lengths are 0 or more")
+    if int(length_B.sum()) != total:
+        raise DataError(f"{what}: lengths add up to {int(length_B.sum())}, but {total} values are given")
+
+
+def _check_ids(what: str, ids: Mapping[str, Tensor], features: Iterable[Feature], schema: Schema,
+               count: int | None) -> None:
+    for feature in features:
+        if feature.name not in ids:
+            raise DataError(f"{what} feature {feature.name!r} is missing; given are {sorted(ids)}")
+        values = ids[feature.name]
+        if values.dtype != torch.int64:
+            raise DataError(f"{what} feature {feature.name!r} has dtype {values.dtype}; ids are int64")
+        if count is not None and values.numel() != count:
+            raise DataError(f"{what} feature {feature.name!r} has {values.numel()} values, {count} are needed")
+        if values.numel() == 0:
+            continue
+        low, high, bound = int(values.min()), int(values.max()), schema.num_rows[feature.table]
+        if low < 0 or high >= bound:
+            raise DataError(f"{what} feature {feature.name!r}: id {low if low < 0 else high} is outside "
+                            f"[0, {bound}) of table {feature.table!r}; encode it first (row 0 is out-of-vocabulary)")
+
+
+def _check_times(batch: RequestBatch) -> None:
+    request_T = torch.repeat_interleave(torch.arange(batch.num_requests, device=batch.history_time_T.device),
+                                        batch.history_length_B)
+    late_T = batch.history_time_T >= batch.request_time_B[request_T]
+    if bool(late_T.any()):
+        row = int(request_T[late_T][0])
+        raise DataError(f"request {row}: an event at time {int(batch.history_time_T[late_T][0])} is not strictly "
+                        f"before the request's time {int(batch.request_time_B[row])}; cut the history first")
+    step_T = batch.history_time_T.diff()
+    if bool(((step_T < 0) & (request_T.diff() == 0)).any()):
+        raise DataError("a history is not sorted from oldest to newest; sort its events by time")

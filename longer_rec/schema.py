@@ -1,0 +1,84 @@
+"""The one description of the data: features, the tables behind them, and the tasks.
+
+``prepare`` writes it as ``schema.json`` beside the data; the sparse tables, the model's input widths and the
+validation of a batch all derive from it, in training and in serving.
+
+Row 0 of every table is the out-of-vocabulary row: ids unseen in the training period map to it, and are counted.
+"""
+
+import json
+from pathlib import Path
+from typing import Self
+
+import pydantic
+
+from longer_rec.config import Config, build_config
+from longer_rec.errors import DataError
+
+OOV_ROW = 0
+
+
+class Table(Config):
+    """One embedding table; several features may share it."""
+
+    name: str
+    num_rows: int = pydantic.Field(ge=1, description="rows, the out-of-vocabulary row 0 included")
+
+
+class Feature(Config):
+    """A column of encoded ids that looks up rows of ``table``."""
+
+    name: str
+    table: str
+    multi_valued: bool = False
+
+
+class Schema(Config):
+    """Columns of a prepared dataset.
+
+    ``item_features`` describe an item, so events and candidates both carry them (the first is the item id itself);
+    ``event_features`` describe the action and exist in the history alone; ``user_features`` may be multi-valued,
+    which makes them pooled. ``tasks`` names the label columns.
+    """
+
+    tables: tuple[Table, ...]
+    item_features: tuple[Feature, ...] = pydantic.Field(min_length=1)
+    event_features: tuple[Feature, ...] = ()
+    user_features: tuple[Feature, ...] = ()
+    user_dense: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = pydantic.Field(min_length=1)
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [table.name for table in self.tables]
+        features = [*self.item_features, *self.event_features, *self.user_features]
+        for kind, values in (("table", names), ("feature", [feature.name for feature in features])):
+            doubled = sorted({value for value in values if values.count(value) > 1})
+            if doubled:
+                raise ValueError(f"{kind} {doubled[0]!r} is described twice")
+        for feature in features:
+            if feature.table not in names:
+                raise ValueError(f"feature {feature.name!r} names table {feature.table!r}, known are {names}")
+        for feature in (*self.item_features, *self.event_features):
+            if feature.multi_valued:
+                raise ValueError(f"feature {feature.name!r} is multi-valued; only user features can be")
+        return self
+
+    @property
+    def num_rows(self) -> dict[str, int]:
+        """Rows of each table by name."""
+        return {table.name: table.num_rows for table in self.tables}
+
+    @property
+    def history_features(self) -> tuple[Feature, ...]:
+        """What an event carries: the item's features, then the action's."""
+        return self.item_features + self.event_features
+
+
+def load_schema(path: Path) -> Schema:
+    """The schema in a JSON file; ``DataError`` when it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the schema {path}: {error}; run `longer-rec prepare` again") from None
+    return build_config(Schema, content, str(path))
