@@ -23,7 +23,7 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 class Config(pydantic.BaseModel):
     """Frozen, strict about keys, validated once at construction."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
