@@ -47,6 +47,6 @@ targets=(-e ".[$extras]")
 if [ "$device" = cpu ]; then
     targets+=(./packaging/fbgemm-gpu-cpu)
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input -c "$constraints" "${targets[@]}"
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input -c "$constraints" "${targets[@]}"
 "$venv/bin/python" -m pip check --disable-pip-version-check
 touch "$stamp"
