@@ -1,0 +1,108 @@
+"""The ``longer-rec`` command. Faults of the user end in one line and exit code 2; bugs keep their traceback."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longer_rec.errors import LongerRecError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Train and serve rankers over ultra-long user histories.")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings on top, such as data.max_events=200")]
+
+
+# Commands import what they run: `longer-rec --help` must not wait five seconds for torch.
+@app.command()
+def prepare(
+    dataset: Annotated[str, typer.Argument(help="completejourney, movielens, synthetic, or the path of a YAML file")],
+    out: Annotated[Path, typer.Option(help="directory to write")],
+    settings: Overrides = None,
+) -> None:
+    """Turn an interaction log into a history store and a request index."""
+    from longer_rec.data.prepare import prepare as run
+
+    path = run(dataset, out, overrides=settings or ())
+    typer.echo(f"prepared {path}")
+
+
+@app.command()
+def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: Overrides = None) -> None:
+    """Train a ranker; under torchrun on many ranks. Resumes by itself from its run directory."""
+    from longer_rec.config import load_config
+    from longer_rec.report.terminal import results_table
+    from longer_rec.train.job import Job
+    from longer_rec.train.run import train as run
+
+    job = load_config(Job, config, overrides or ())
+    rows = run(job)
+    if rows is not None:
+        results_table(rows)
+        typer.echo(f"report: {job.run_dir / 'report.html'}")
+
+
+@app.command("eval")
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="run directory")],
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
+) -> None:
+    """Metrics of a run's newest checkpoint."""
+    from longer_rec.report.terminal import results_table
+    from longer_rec.runtime.distributed import is_main_process
+    from longer_rec.train.run import evaluate_run
+
+    row = evaluate_run(run_dir, split)
+    if is_main_process():
+        results_table([row])
+
+
+@app.command()
+def inspect(checkpoint: Annotated[Path, typer.Argument(help="checkpoint directory, or a run directory")]) -> None:
+    """Tables, shapes, types and position of a checkpoint."""
+    from longer_rec.checkpoint.manager import inspect_checkpoint
+
+    typer.echo(inspect_checkpoint(checkpoint))
+
+
+@app.command()
+def diff(first: Path, second: Path) -> None:
+    """Which tensors of two checkpoints differ; exit code 1 when any does."""
+    from longer_rec.checkpoint.manager import diff_checkpoints
+
+    differences = diff_checkpoints(first, second)
+    typer.echo("\n".join(differences) or "the checkpoints are bitwise equal")
+    if differences:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(quick: Annotated[bool, typer.Option(help="skip trying the kernels")] = False) -> None:
+    """Versions, backends and kernels: what this machine can do, and the line to type when something is off."""
+    from longer_rec.report.terminal import doctor_table
+    from longer_rec.sparse.doctor import run_doctor
+
+    checks = run_doctor(quick=quick)
+    doctor_table(checks)
+    if any(check.status == "fail" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(run_dir: Path) -> None:
+    """Write report.html of a run again."""
+    from longer_rec.report.html import write_report
+
+    typer.echo(write_report(run_dir))
+
+
+def main() -> None:
+    try:
+        app()
+    except LongerRecError as error:
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"rank {rank}: "
+        print(f"longer-rec: {where}{error}", file=sys.stderr)
+        sys.exit(2)

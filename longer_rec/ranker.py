@@ -1,0 +1,62 @@
+"""The only place where tables meet a tower: a batch of requests in, logits out."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from longer_rec.batch import RequestBatch
+from longer_rec.model.inputs import CandidateSide, UserSide
+from longer_rec.schema import Schema
+from longer_rec.sparse.tables import SparseTables
+
+
+class Ranker(nn.Module):
+    """``sparse`` looks ids up, ``tower`` ranks; TorchRec shards the former and replicates the latter.
+
+    Training calls ``lookup`` once for all logical workers and ``logits`` worker by worker; evaluation calls
+    ``forward``; all of them go through the tower's ``encode`` and ``score``, as serving does.
+    """
+
+    def __init__(self, schema: Schema, sparse: SparseTables, tower: nn.Module) -> None:
+        super().__init__()
+        self.schema = schema
+        self.sparse = sparse
+        self.tower = tower
+
+    def lookup(self, batch: RequestBatch) -> dict[str, Tensor]:
+        """Embeddings of every feature, by ``history.``, ``candidates.`` and ``users.`` keys; a collective call."""
+        embeddings: dict[str, Tensor] = self.sparse(batch)
+        return embeddings
+
+    def logits(self, batch: RequestBatch, lookup: Mapping[str, Tensor]) -> Tensor:
+        """Logits (C x Y) of one batch, given its embeddings."""
+        state = self.tower.encode(self.user_side(batch, lookup))
+        scores: Tensor = self.tower.score(state, self.candidate_side(batch, lookup))
+        return scores
+
+    def forward(self, batch: RequestBatch) -> Tensor:
+        """Logits (C x Y): lookup, then tower."""
+        return self.logits(batch, self.lookup(batch))
+
+    def user_side(self, batch: RequestBatch, lookup: Mapping[str, Tensor]) -> UserSide:
+        """What ``encode`` may see: nothing of any candidate is in it."""
+        request_time_T = torch.repeat_interleave(batch.request_time_B, batch.history_length_B,
+                                                 output_size=batch.num_events)
+        return UserSide(
+            event_embedding={feature.name: lookup[f"history.{feature.name}"]
+                             for feature in self.schema.history_features},
+            event_id=batch.history,
+            age_T=request_time_T - batch.history_time_T,
+            length_B=batch.history_length_B,
+            user_embedding={feature.name: lookup[f"users.{feature.name}"] for feature in self.schema.user_features},
+            dense_BF=batch.user_dense_BF,
+        )
+
+    def candidate_side(self, batch: RequestBatch, lookup: Mapping[str, Tensor]) -> CandidateSide:
+        """What ``score`` adds to the user's state."""
+        return CandidateSide(
+            embedding={feature.name: lookup[f"candidates.{feature.name}"] for feature in self.schema.item_features},
+            id=batch.candidates,
+            length_B=batch.num_candidates_B,
+        )

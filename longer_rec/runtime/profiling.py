@@ -1,0 +1,36 @@
+"""Where the time of a step goes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class StepClock:
+    """Seconds per named part, summed since the last ``take``.
+
+    On a GPU the parts are times of the host: kernels run on after the part that launched them, so only sums over
+    a whole step, which ends in a host synchronisation, are exact there.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        with torch.profiler.record_function(name):
+            yield
+        self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def take(self) -> tuple[dict[str, float], float]:
+        """Seconds per part and the wall time since the last call; both start again from zero."""
+        now = time.perf_counter()
+        taken, elapsed = self._seconds, now - self._started
+        self._seconds, self._started = {}, now
+        return taken, elapsed

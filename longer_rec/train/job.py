@@ -1,0 +1,84 @@
+"""The root configuration: every part's own config joined into one run."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import pydantic
+
+from longer_rec.config import Config, apply_overrides, build_config
+from longer_rec.data.loader import DataConfig
+from longer_rec.elastic.assignment import ElasticConfig
+from longer_rec.model.tower import AnyTowerConfig
+from longer_rec.sparse.optimizers import DenseOptimizerConfig, ScheduleConfig
+from longer_rec.sparse.tables import SparseConfig
+from longer_rec.train.precision import Precision
+
+# Keys that may differ when a run directory is resumed: they move the run, they do not change the model.
+_LOCATION_KEYS = ("name", "run_dir", "data.dir", "data.loader_processes", "data.prefetch_batches")
+
+
+class TrainConfig(Config):
+    """How long, how often, how precise. A step is one batch of every logical worker."""
+
+    epochs: float = pydantic.Field(1.0, ge=0, description="passes over the training requests; 0 only evaluates")
+    precision: Precision = "fp32"
+    clip_norm: float = pydantic.Field(1.0, gt=0, description="bound on the norm of the dense gradient")
+    max_bad_steps: int = pydantic.Field(10, ge=1, description="non-finite steps in a row before the run is given up")
+    log_every: int = pydantic.Field(20, ge=1, description="steps")
+    eval_every: int = pydantic.Field(1000, ge=1, description="steps")
+    eval_requests: int = pydantic.Field(2000, ge=1, description="validation requests of the evaluations on the way")
+    checkpoint_every: int = pydantic.Field(1000, ge=1, description="steps")
+    keep_checkpoints: int = pydantic.Field(2, ge=1)
+    timeout_s: float = pydantic.Field(120.0, gt=0, description="of every collective operation")
+
+
+class Job(Config):
+    """One run: its data, its ranker, its optimizers, and the baselines its report compares it with.
+
+    ``baselines`` maps a name to overrides of this job, such as ``["model={kind: count}", "train.epochs=0"]``; each
+    is run after the main model, in ``<run_dir>/baselines/<name>``.
+    """
+
+    name: str
+    run_dir: Path
+    seed: int = 0
+    data: DataConfig
+    model: AnyTowerConfig
+    sparse: SparseConfig
+    dense: DenseOptimizerConfig = DenseOptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    elastic: ElasticConfig = ElasticConfig()
+    train: TrainConfig = TrainConfig()
+    baselines: dict[str, tuple[str, ...]] = {}
+
+    @pydantic.model_validator(mode="after")
+    def _check_baselines(self) -> Self:
+        for name in self.baselines:
+            if not name.isidentifier():
+                raise ValueError(f"baselines: {name!r} becomes a directory; use letters, digits and underscores")
+        return self
+
+
+def baseline_jobs(job: Job) -> dict[str, Job]:
+    """The job of each baseline: this one with its overrides applied, without baselines of its own."""
+    content = job.model_dump(mode="json") | {"baselines": {}}
+    return {
+        name: build_config(Job, apply_overrides(content, [*overrides, f"name={name}",
+                                                          f"run_dir={job.run_dir / 'baselines' / name}"]),
+                           f"baselines.{name}")
+        for name, overrides in job.baselines.items()
+    }
+
+
+def changed_keys(saved: Job, current: Job) -> list[str]:
+    """Dotted keys in which two jobs differ, leaving out where things lie."""
+    old, new = _flatten(saved.model_dump(mode="json")), _flatten(current.model_dump(mode="json"))
+    return sorted(key for key in old.keys() | new.keys()
+                  if old.get(key) != new.get(key) and key not in _LOCATION_KEYS)
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,51 @@
+"""What a run writes down while it goes: metrics.jsonl and TensorBoard, on rank 0."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from torch.utils.tensorboard import SummaryWriter
+
+from longer_rec.errors import CheckpointError
+
+Value = float | int | str | None
+
+
+class RunLog:
+    """Appends one JSON object a line to ``metrics.jsonl`` and the same numbers to TensorBoard.
+
+    A resumed run first drops the lines after the step it resumes from, so that the file reads as if the run had
+    never been interrupted.
+    """
+
+    def __init__(self, directory: Path, resumed_step: int) -> None:
+        path = directory / "metrics.jsonl"
+        if path.exists():
+            _drop_lines_after(path, resumed_step)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, split: str, step: int, values: Mapping[str, Value]) -> None:
+        self._file.write(json.dumps({"split": split, "step": step, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    kept = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(f"{path} line {number} is damaged; remove that line to resume") from None
+    path.write_text("".join(kept), encoding="utf-8")

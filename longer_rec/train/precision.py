@@ -1,0 +1,13 @@
+"""Mixed precision of the tower's matmuls."""
+
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "bf16"]
+
+
+def precision_context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast for one forward: bf16 needs no loss scaling, parameters and optimizer state stay fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -1,0 +1,76 @@
+"""One run from its configuration to its results: what `longer-rec train` and `longer-rec eval` do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from longer_rec.checkpoint.manager import CheckpointManager
+from longer_rec.config import load_config
+from longer_rec.data.history import Dataset, open_dataset
+from longer_rec.elastic.assignment import resolve_num_workers
+from longer_rec.report.html import write_report
+from longer_rec.runtime.determinism import make_deterministic
+from longer_rec.runtime.distributed import World, joined_world, on_main
+from longer_rec.train.job import Job, baseline_jobs
+from longer_rec.train.log import RunLog
+from longer_rec.train.parallelize import parallelize
+from longer_rec.train.run_dir import open_run_dir, read_run, write_atomically
+from longer_rec.train.trainer import Trainer
+
+Row = dict[str, Any]
+
+
+def train(job: Job) -> list[Row] | None:
+    """Train the job and its baselines, write ``results.json`` and ``report.html``; the rows, on rank 0 only.
+
+    Resumes each of them from its own newest checkpoint. Every fault of the configuration, the data or the run
+    directory is raised on all ranks before a step is taken.
+    """
+    make_deterministic()
+    with joined_world(job.train.timeout_s) as world:
+        dataset = open_dataset(job.data.dir, verify=world.local_rank == 0)
+        rows = [_train_one(each, dataset, world) for each in [job, *baseline_jobs(job).values()]]
+        if not world.is_main:
+            return None
+        write_atomically(job.run_dir / "results.json", json.dumps(rows, indent=2))
+        write_report(job.run_dir)
+        return rows
+
+
+def _train_one(job: Job, dataset: Dataset, world: World) -> Row:
+    num_workers = resolve_num_workers(job.elastic, world.size)
+    on_main(world, lambda: open_run_dir(job, dataset, num_workers))
+    trainer = _build_trainer(job, dataset, world, num_workers)
+    checkpoints = _checkpoints(job, trainer)
+    if world.is_main:
+        with RunLog(job.run_dir, trainer.step) as log:
+            trainer.fit(checkpoints, log)
+            metrics = trainer.evaluate("test")
+            log.write("test", trainer.step, {**metrics, "elapsed_s": trainer.elapsed_s})
+    else:
+        trainer.fit(checkpoints, None)
+        metrics = trainer.evaluate("test")
+    return {"name": job.name, "max_events": job.data.max_events, **metrics, "steps": trainer.step,
+            "train_s": trainer.elapsed_s}
+
+
+def evaluate_run(run_dir: Path, split: str) -> Row:
+    """Metrics of a finished or interrupted run's newest checkpoint, on any number of ranks."""
+    make_deterministic()
+    job = load_config(Job, run_dir / "config.yaml", [f"run_dir={run_dir}"])
+    num_workers = int(read_run(run_dir)["num_workers"])
+    with joined_world(job.train.timeout_s) as world:
+        dataset = open_dataset(job.data.dir, verify=world.local_rank == 0)
+        trainer = _build_trainer(job, dataset, world, num_workers)
+        _checkpoints(job, trainer)
+        return {"name": job.name, "step": trainer.step, "split": split, **trainer.evaluate(split)}
+
+
+def _build_trainer(job: Job, dataset: Dataset, world: World, num_workers: int) -> Trainer:
+    return Trainer(job, dataset, world, parallelize(job, dataset.schema, world), num_workers)
+
+
+def _checkpoints(job: Job, trainer: Trainer) -> CheckpointManager:
+    checkpoints = CheckpointManager(job.run_dir / "checkpoints", keep=job.train.keep_checkpoints)
+    trainer.restore(checkpoints)
+    return checkpoints

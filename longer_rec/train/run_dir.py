@@ -1,0 +1,82 @@
+"""The directory of a run: what is in it, and whether it may be continued."""
+
+import datetime
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from longer_rec.config import dump_config, load_config
+from longer_rec.data.history import Dataset
+from longer_rec.errors import CheckpointError
+from longer_rec.runtime.machine import describe_machine
+from longer_rec.train.job import Job, changed_keys
+
+
+def open_run_dir(job: Job, dataset: Dataset, num_workers: int) -> None:
+    """Create the run directory, or check that the one there belongs to this job and this data.
+
+    Writes ``config.yaml`` (resolved) and ``run.json`` (versions, machine, commit, data). Raises ``CheckpointError``
+    for a directory of another configuration, data set or number of logical workers; nothing in it is touched then.
+    """
+    directory = job.run_dir
+    if (directory / "config.yaml").exists():
+        _check_same_run(job, dataset, num_workers)
+        return
+    if directory.exists() and any(directory.iterdir()):
+        raise CheckpointError(f"{directory} exists, is not empty and is no run directory; choose another run_dir")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "run.json", json.dumps(_describe_run(dataset, num_workers), indent=2))
+    write_atomically(directory / "config.yaml", dump_config(job))
+
+
+def _check_same_run(job: Job, dataset: Dataset, num_workers: int) -> None:
+    directory = job.run_dir
+    saved, run = load_config(Job, directory / "config.yaml"), read_run(directory)
+    changed = changed_keys(saved, job)
+    if changed:
+        raise CheckpointError(f"{directory} holds a run of another configuration (differs in {', '.join(changed)}); "
+                              "choose another run_dir, or remove it to start anew")
+    if run["data"]["fingerprint"] != dataset.fingerprint:
+        raise CheckpointError(f"{directory} was trained on data {run['data']['fingerprint'][:12]}, "
+                              f"{job.data.dir} holds {dataset.fingerprint[:12]}; choose another run_dir")
+    if run["num_workers"] != num_workers:
+        raise CheckpointError(f"{directory} was started with {run['num_workers']} logical workers, now there are "
+                              f"{num_workers}; start {run['num_workers']} ranks or set elastic.num_workers")
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """The content of ``run.json``."""
+    try:
+        content: dict[str, Any] = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} is no readable run directory: {error}; give one that `longer-rec train` "
+                              "wrote") from None
+    return content
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader sees the old content or the new, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _describe_run(dataset: Dataset, num_workers: int) -> dict[str, Any]:
+    return {
+        **describe_machine(),
+        "git_commit": _git_commit(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "num_workers": num_workers,
+        "data": {**dataset.summary, "fingerprint": dataset.fingerprint},
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the source this package runs from; None outside a checkout."""
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+                                text=True, timeout=10, check=False)
+    except OSError:
+        return None
+    return answer.stdout.strip() or None

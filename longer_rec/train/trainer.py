@@ -1,0 +1,193 @@
+"""The training loop: one synchronous step updates dense and sparse parameters together."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from longer_rec.batch import RequestBatch, concat_batches
+from longer_rec.checkpoint.manager import CheckpointManager
+from longer_rec.data.history import Dataset
+from longer_rec.data.loader import TrainLoader
+from longer_rec.elastic.assignment import owned_workers
+from longer_rec.elastic.reduce import SubtreeStack, tree_all_reduce
+from longer_rec.elastic.step import (
+    backward_through_lookup,
+    flatten_gradients,
+    split_lookup,
+    take_leaf_gradients,
+    unflatten_gradients,
+)
+from longer_rec.errors import CheckpointError, DataError
+from longer_rec.report.terminal import TrainProgress
+from longer_rec.runtime.determinism import derive_seed
+from longer_rec.runtime.distributed import World
+from longer_rec.runtime.profiling import StepClock
+from longer_rec.train.evaluate import evaluate
+from longer_rec.train.job import Job
+from longer_rec.train.log import RunLog
+from longer_rec.train.parallelize import ParallelRanker
+from longer_rec.train.precision import precision_context
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Scalars of one step, equal on all ranks. A step that is not ``finite`` updated nothing."""
+
+    loss: float
+    grad_norm: float
+    sparse_grad_norm: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss + self.grad_norm + self.sparse_grad_norm)
+
+
+class Trainer:
+    """Owns the step counter; the model and the optimizers are ``parallel``'s."""
+
+    def __init__(self, job: Job, dataset: Dataset, world: World, parallel: ParallelRanker, num_workers: int) -> None:
+        self.job = job
+        self.dataset = dataset
+        self.world = world
+        self.parallel = parallel
+        self.num_workers = num_workers
+        self.workers = owned_workers(world.rank, world.size, num_workers)
+        self.clock = StepClock()
+        self.step = 0
+        self.bad_steps = 0
+        self.elapsed_s = 0.0
+        self._tallied = (0, 0, 0)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run: a function of the data, the batch and W, never of the number of processes."""
+        requests = self.job.train.epochs * self.dataset.num_requests("train")
+        return math.ceil(requests / (self.num_workers * self.job.data.batch_requests))
+
+    def train_step(self, batches: list[RequestBatch]) -> StepResult:
+        """One batch of every own logical worker.
+
+        One sparse lookup for all of them; the tower forward and backward worker by worker; their dense gradients
+        through the tree; then, if every number on every rank is finite, one backward through the lookup (one fused
+        update of the tables) and one dense step.
+        """
+        ranker, tower_parameters = self.parallel.ranker, self.parallel.tower_parameters
+        self.parallel.set_learning_rates(self.step)
+        with self.clock.part("time_lookup_s"):
+            lookup = ranker.lookup(concat_batches(batches))
+        tree, sparse_gradients = SubtreeStack(), []
+        with self.clock.part("time_tower_s"):
+            for worker, batch, leaves in zip(self.workers, batches, split_lookup(lookup, batches), strict=True):
+                loss = self._worker_backward(worker, batch, leaves)
+                gradients = take_leaf_gradients(leaves)
+                sparse_norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum()
+                tree.push(worker, flatten_gradients(tower_parameters, [loss, sparse_norm]))
+                sparse_gradients.append(gradients)
+        with self.clock.part("time_reduce_s"):
+            total = tree_all_reduce(tree, self.num_workers)
+            loss, sparse_norm = unflatten_gradients(total, tower_parameters)
+            grad_norm = total[:-2].norm()
+            # .tolist(): a host sync a step, the price of deciding on every rank alike before anything is updated.
+            result = StepResult(*torch.stack([loss, grad_norm, sparse_norm.sqrt()]).tolist())
+        if result.finite:
+            with self.clock.part("time_sparse_s"):
+                backward_through_lookup(lookup, sparse_gradients)
+            with self.clock.part("time_dense_s"):
+                total.mul_(min(1.0, self.job.train.clip_norm / (result.grad_norm + 1e-6)))
+                self.parallel.dense_optimizer.step()
+        return result
+
+    def _worker_backward(self, worker: int, batch: RequestBatch, leaves: Mapping[str, Tensor]) -> Tensor:
+        """Leaves gradients in the leaves and the tower; returns the worker's share of the global mean loss.
+
+        Dropout draws from a generator that depends on (seed, step, worker) alone.
+        """
+        torch.manual_seed(derive_seed(self.job.seed, "dropout", self.step, worker))
+        with precision_context(self.job.train.precision, self.world.device):
+            logit_CY = self.parallel.ranker.logits(batch, leaves)
+        loss = binary_cross_entropy_with_logits(logit_CY.float(), batch.label_CY) / self.num_workers
+        if loss.requires_grad:
+            loss.backward()
+        return loss
+
+    def fit(self, checkpoints: CheckpointManager, log: RunLog | None) -> None:
+        """Train from the current step to the last one; logs, evaluates and saves on the way."""
+        loader = TrainLoader(self.dataset, self.job.data, seed=self.job.seed, num_workers=self.num_workers,
+                             workers=self.workers, start_step=self.step, num_steps=self.num_steps)
+        cadence = self.job.train
+        with TrainProgress(self.num_steps, start=self.step, enabled=self.world.is_main) as progress:
+            self.clock.take()
+            for batches in loader:
+                result = self.train_step([batch.to(self.world.device) for batch in batches])
+                self.step += 1
+                self._count_bad(result)
+                self._tally(batches)
+                self.clock.add("time_data_s", loader.take_wait_s())
+                if self.step % cadence.log_every == 0 or self.step == self.num_steps:
+                    self._log_step(log, progress, result)
+                if self.step % cadence.eval_every == 0:
+                    self._log_evaluation(log, progress)
+                if self.step % cadence.checkpoint_every == 0 or self.step == self.num_steps:
+                    self.save(checkpoints)
+
+    def save(self, checkpoints: CheckpointManager) -> None:
+        """Commit weights, optimizer state and the position in the data; a collective call."""
+        checkpoints.save(self.step, self.parallel.state_dict(), {
+            "step": self.step, "samples": self.step * self.num_workers * self.job.data.batch_requests,
+            "elapsed_s": self.elapsed_s, "bad_steps": self.bad_steps, "num_workers": self.num_workers,
+            "world_size": self.world.size, "data_fingerprint": self.dataset.fingerprint, "name": self.job.name})
+        self.clock.take()
+
+    def restore(self, checkpoints: CheckpointManager) -> None:
+        """Continue from the newest complete checkpoint, if there is one; a collective call."""
+        extra = self.parallel.load_latest(checkpoints)
+        if extra is None:
+            return
+        if extra["data_fingerprint"] != self.dataset.fingerprint:
+            raise CheckpointError(f"the checkpoint of step {extra['step']} was trained on data "
+                                  f"{extra['data_fingerprint'][:12]}, not on {self.dataset.fingerprint[:12]}; "
+                                  "choose another run_dir")
+        self.step, self.elapsed_s, self.bad_steps = extra["step"], extra["elapsed_s"], extra["bad_steps"]
+
+    def _count_bad(self, result: StepResult) -> None:
+        self.bad_steps = 0 if result.finite else self.bad_steps + 1
+        if self.bad_steps >= self.job.train.max_bad_steps:
+            raise DataError(f"step {self.step}: {self.bad_steps} steps in a row had a loss or gradient that is not "
+                            f"finite (loss {result.loss}); lower dense.lr or sparse.lr, or look at the data")
+
+    def _tally(self, batches: list[RequestBatch]) -> None:
+        self._tallied = tuple(
+            tally + sum(getattr(batch, name) for batch in batches)
+            for tally, name in zip(self._tallied, ("num_requests", "num_candidates", "num_events"), strict=True))
+
+    def _log_step(self, log: RunLog | None, progress: TrainProgress, result: StepResult) -> None:
+        """Rates are rank 0's own counts scaled to all workers: no collective call for a log line."""
+        parts, elapsed = self.clock.take()
+        scale = self.num_workers / len(self.workers) / elapsed
+        requests, candidates, events = (count * scale for count in self._tallied)
+        self._tallied = (0, 0, 0)
+        self.elapsed_s += elapsed
+        if log is None:
+            return
+        values = {"loss": result.loss, "grad_norm": result.grad_norm, "sparse_grad_norm": result.sparse_grad_norm,
+                  **self.parallel.learning_rates(self.step - 1), "requests_per_s": requests,
+                  "candidates_per_s": candidates, "events_per_s": events, "elapsed_s": self.elapsed_s, **parts}
+        log.write("train", self.step, values)
+        progress.update(self.step, values)
+
+    def _log_evaluation(self, log: RunLog | None, progress: TrainProgress) -> None:
+        metrics = self.evaluate("validation", self.job.train.eval_requests)
+        parts, elapsed = self.clock.take()
+        self.elapsed_s += elapsed
+        if log is not None:
+            log.write("validation", self.step, {**metrics, "elapsed_s": self.elapsed_s})
+            progress.update(self.step, {f"validation_{name}": value for name, value in metrics.items()})
+
+    def evaluate(self, split: str, max_requests: int | None = None) -> dict[str, float]:
+        """Metrics of a split with the current weights; a collective call."""
+        return evaluate(self.parallel.ranker, self.dataset, split, self.job.data, self.world,
+                        self.job.train.precision, max_requests)
