@@ -1,0 +1,67 @@
+"""What this machine has: cores, memory, GPUs, limits."""
+
+import os
+import platform
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def num_cores() -> int:
+    """Cores this process may use (affinity and cgroup quota, not what the host has)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _read(Path("/sys/fs/cgroup/cpu.max")).split()
+    if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():
+        cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
+    return cores
+
+
+def memory_bytes() -> int:
+    """Memory this process may use: the smaller of the machine's and the cgroup's limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _read(Path("/sys/fs/cgroup/memory.max"))
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def shared_memory_bytes() -> int:
+    """Free bytes of /dev/shm, through which data workers hand batches over; 0 where there is none."""
+    return shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+
+
+def open_files_limit() -> int:
+    """How many files this process may hold open (the soft limit)."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, memory and compute capability of each visible GPU."""
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [{"name": gpu.name, "memory_bytes": gpu.total_memory, "capability": f"{gpu.major}.{gpu.minor}"}
+            for gpu in found]
+
+
+def machine_facts() -> dict[str, Any]:
+    """All of the above for ``run.json``; holds no host name and no path."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cores": num_cores(),
+        "memory_bytes": memory_bytes(),
+        "shared_memory_bytes": shared_memory_bytes(),
+        "open_files_limit": open_files_limit(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus(),
+    }
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,82 @@
+"""Initial values of the tables: a pure function of (seed, table, row, column).
+
+No generator state, no order: each shard computes its own rows and columns, so that every plan and world size starts
+from bitwise the same table. The whole path from the hash to the last rounding is integer arithmetic and one
+multiplication, which gives the same bits on every device; erfinv or Box-Muller would follow the device's libm.
+"""
+
+import hashlib
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+from longer_rec.sparse.tables import SparseConfig
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_CHUNK_VALUES = 1 << 22  # 4 M values: about 100 MB of int64 temporaries
+_WEIGHT = re.compile(r"(?:^|\.)(?:embeddings|embedding_bags)\.(?P<table>[^.]+)\.weight$")
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as the int64 that torch stores."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's >> copies the sign."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _splitmix64(value: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014) on int64, wrapping."""
+    value = (value ^ _shift_right(value, 30)) * _signed(0xBF58476D1CE4E5B9)
+    value = (value ^ _shift_right(value, 27)) * _signed(0x94D049BB133111EB)
+    return value ^ _shift_right(value, 31)
+
+
+def initial_values(seed: int, table: str, rows: range, columns: range, std: float,
+                   device: torch.device | str = "cpu") -> Tensor:
+    """Values of a block of a table, float32, (rows x columns).
+
+    The sum of four 16-bit uniforms of one hash: mean 0, spread ``std``, nearly normal, cut at 3.46 ``std``.
+    """
+    digest = hashlib.sha256(f"{seed}/{table}".encode()).digest()
+    key = _signed(int.from_bytes(digest[:8], "little"))
+    row = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=device)
+    column = torch.arange(columns.start, columns.stop, dtype=torch.int64, device=device)
+    row_key = _splitmix64(key + (row + 1) * _signed(_GOLDEN))
+    bits = _splitmix64(row_key.unsqueeze(1) + (column + 1) * _signed(_GOLDEN))
+    total = (bits & 0xFFFF) + (_shift_right(bits, 16) & 0xFFFF) + (_shift_right(bits, 32) & 0xFFFF) + _shift_right(bits, 48)
+    # The four sum to 2 * 65535 on average, with variance 4 * (65536^2 - 1) / 12.
+    scale = std / ((65536.0**2 - 1.0) / 3.0) ** 0.5
+    return ((total - 2 * 65535).to(torch.float64) * scale).to(torch.float32)
+
+
+def _fill(block: Tensor, seed: int, table: str, offsets: tuple[int, int], std: float) -> None:
+    num_rows, num_columns = block.shape
+    step = max(1, _CHUNK_VALUES // max(1, num_columns))
+    columns = range(offsets[1], offsets[1] + num_columns)
+    for start in range(0, num_rows, step):
+        stop = min(start + step, num_rows)
+        rows = range(offsets[0] + start, offsets[0] + stop)
+        block[start:stop].copy_(initial_values(seed, table, rows, columns, std, block.device))
+
+
+@torch.no_grad()
+def initialize_tables(model: nn.Module, seed: int, config: SparseConfig) -> None:
+    """Fill every table of a sharded or unsharded model, in place; touches nothing but tables."""
+    for key, value in model.state_dict().items():
+        found = _WEIGHT.search(key)
+        if found is None:
+            continue
+        table = found["table"]
+        std = config.init_std.get(table, config.default_init_std)
+        if isinstance(value, ShardedTensor):
+            for shard in value.local_shards():
+                rows_from, columns_from = shard.metadata.shard_offsets
+                _fill(shard.tensor, seed, table, (rows_from, columns_from), std)
+        else:
+            _fill(value, seed, table, (0, 0), std)

@@ -1,0 +1,126 @@
+"""A sharding plan as data: what is printed, saved as ``plan.json``, agreed on by all ranks, and then obeyed."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    ParameterSharding,
+    ShardingPlan,
+    ShardMetadata,
+)
+
+from longer_rec.config import Config, build_config
+from longer_rec.errors import ConfigError
+from longer_rec.sparse.tables import ShardingName
+
+FLOAT_BYTES = 4
+
+
+class Shard(Config):
+    """A block of a table, and the rank that holds it."""
+
+    rank: int = pydantic.Field(ge=0)
+    offsets: tuple[int, int]
+    sizes: tuple[int, int]
+
+
+class TablePlan(Config):
+    """Where one table lives. ``module`` is the path of its collection inside the sharded module.
+
+    ``exact`` says whether training gives bitwise the same table for every number of ranks, given the same logical
+    workers: pooled row-wise lookups and replicas sum in an order that depends on it.
+    """
+
+    module: str
+    table: str
+    rows: int = pydantic.Field(ge=1)
+    dim: int = pydantic.Field(ge=1)
+    pooled: bool
+    sharding_type: ShardingName
+    kernel: str
+    ranks: tuple[int, ...] = pydantic.Field(min_length=1)
+    shards: tuple[Shard, ...]
+    weight_bytes: int
+    optimizer_bytes: int
+    exact: bool
+
+
+class SparsePlan(Config):
+    """The plan of every table of a model for ``world_size`` ranks."""
+
+    version: int = 1
+    world_size: int = pydantic.Field(ge=1)
+    ranks_per_host: int = pydantic.Field(ge=1)
+    device: str
+    tables: tuple[TablePlan, ...]
+
+    def sharding_plan(self) -> ShardingPlan:
+        """The plan in TorchRec's terms."""
+        modules: dict[str, EmbeddingModuleShardingPlan] = {}
+        for table in self.tables:
+            shards = [ShardMetadata(shard_offsets=list(shard.offsets), shard_sizes=list(shard.sizes),
+                                    placement=self._placement(shard.rank)) for shard in table.shards]
+            modules.setdefault(table.module, EmbeddingModuleShardingPlan())[table.table] = ParameterSharding(
+                sharding_type=table.sharding_type, compute_kernel=table.kernel, ranks=list(table.ranks),
+                sharding_spec=EnumerableShardingSpec(shards) if shards else None)
+        return ShardingPlan(plan=dict(modules))
+
+    def _placement(self, rank: int) -> str:
+        device = self.device
+        if device == "cuda":
+            # Placements name the device within its host; hosts of one run hold equally many ranks.
+            device = f"cuda:{rank % self.ranks_per_host}"
+        return f"rank:{rank}/{device}"
+
+def describe_plan(plan: SparsePlan) -> list[dict[str, Any]]:
+    """One flat row a table for the terminal and the report; ``ranks`` is text such as "0-3"."""
+    return [{"table": table.table, "rows": table.rows, "dim": table.dim, "sharding": table.sharding_type,
+             "kernel": table.kernel, "ranks": _span(table.ranks), "weight_bytes": table.weight_bytes,
+             "optimizer_bytes": table.optimizer_bytes, "pooled": table.pooled, "exact": table.exact}
+            for table in plan.tables]
+
+
+def _span(ranks: tuple[int, ...]) -> str:
+    held = sorted(set(ranks))
+    if len(held) > 2 and held == list(range(held[0], held[-1] + 1)):
+        return f"{held[0]}-{held[-1]}"
+    return ",".join(str(rank) for rank in held)
+
+
+def bytes_per_rank(plan: SparsePlan) -> list[int]:
+    """Bytes of weights and optimizer state that each rank holds."""
+    held = [0] * plan.world_size
+    for table in plan.tables:
+        per_value = (table.weight_bytes + table.optimizer_bytes) / (table.rows * table.dim)
+        for shard in table.shards:
+            held[shard.rank] += round(shard.sizes[0] * shard.sizes[1] * per_value)
+        if not table.shards:
+            held = [size + table.weight_bytes + table.optimizer_bytes for size in held]
+    return held
+
+
+def plan_hash(plan: SparsePlan) -> str:
+    """SHA-256 of the canonical JSON."""
+    return hashlib.sha256(json.dumps(plan.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def save_plan(plan: SparsePlan, path: Path) -> None:
+    """Write ``plan.json``."""
+    path.write_text(json.dumps(plan.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+
+
+def load_plan(path: Path) -> SparsePlan:
+    """Read ``plan.json``; ``ConfigError`` when it is missing or not a plan."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"sparse.plan={str(path)!r} cannot be read: {error}; give \"auto\", a sharding type, or the "
+                          "path of a plan.json") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, not a plan; plans are written to plan.json")
+    return build_config(SparsePlan, content, str(path))

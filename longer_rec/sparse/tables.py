@@ -1,0 +1,204 @@
+"""The embedding tables of a schema, and their one lookup for a batch of requests."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import pydantic
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec import (
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    KeyedJaggedTensor,
+    PoolingType,
+)
+from torchrec.distributed.types import Awaitable
+
+from longer_rec.batch import RequestBatch
+from longer_rec.config import Config
+from longer_rec.errors import ConfigError
+from longer_rec.schema import Feature, Schema
+
+ShardingName = Literal["table_wise", "row_wise", "column_wise", "data_parallel"]
+SparseOptimizerName = Literal["rowwise_adagrad", "adagrad", "sgd"]
+KernelName = Literal["fused", "fused_uvm", "fused_uvm_caching"]
+
+# FBGEMM's kernels read vectors of four floats: other widths are refused on a GPU, at run time.
+DIM_MULTIPLE = 4
+
+
+class SparseConfig(Config):
+    """Widths, initial spread, update rule and placement of the embedding tables.
+
+    ``plan`` is "auto" (TorchRec's planner decides), one sharding type for every table, a sharding type for each
+    table by name, or the path of a ``plan.json``.
+    """
+
+    dims: dict[str, int] = pydantic.Field(default_factory=dict, description="width of a row, by table")
+    default_dim: int | None = pydantic.Field(default=None, description="width of the tables not named in dims")
+    init_std: dict[str, float] = pydantic.Field(default_factory=dict, description="initial spread, by table")
+    default_init_std: float = pydantic.Field(default=0.3, ge=0.0)
+    pooling: Literal["sum", "mean"] = "mean"
+    optimizer: SparseOptimizerName = "rowwise_adagrad"
+    lr: float = pydantic.Field(default=0.01, gt=0.0)
+    eps: float = pydantic.Field(default=1e-8, gt=0.0)
+    weight_decay: float = pydantic.Field(default=0.0, ge=0.0, description="of the rows a step touches; "
+                                         "rowwise_adagrad alone")
+    plan: str | dict[str, ShardingName] = "auto"
+    kernel: KernelName = "fused"
+
+
+def check_names(named: Iterable[str], known: Iterable[str], where: str) -> None:
+    """``ConfigError`` with the nearest name when ``named`` holds a table that does not exist."""
+    known = sorted(known)
+    for name in named:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            raise ConfigError(f"{where} names table {name!r}; "
+                              + (f"did you mean {near[0]!r}?" if near else f"the tables are {', '.join(known)}"))
+
+
+def resolve_dims(schema: Schema, config: SparseConfig) -> dict[str, int]:
+    """Width of every table of the schema; ``ConfigError`` for an unknown table, a missing or an impossible width."""
+    check_names(config.dims, schema.num_rows, "sparse.dims")
+    check_names(config.init_std, schema.num_rows, "sparse.init_std")
+    missing = [name for name in schema.num_rows if name not in config.dims]
+    if missing and config.default_dim is None:
+        raise ConfigError(f"sparse.dims has no width for table {missing[0]!r}; add it or set sparse.default_dim")
+    dims = {name: config.dims.get(name, config.default_dim or 0) for name in schema.num_rows}
+    for name, dim in dims.items():
+        if dim < DIM_MULTIPLE or dim % DIM_MULTIPLE:
+            raise ConfigError(f"sparse.dims.{name}={dim}: a width is a positive multiple of {DIM_MULTIPLE}; "
+                              f"use {max(DIM_MULTIPLE, -(-dim // DIM_MULTIPLE) * DIM_MULTIPLE)}")
+    return dims
+
+
+def _roles(schema: Schema) -> tuple[list[tuple[str, Feature]], list[tuple[str, Feature]]]:
+    """(key, feature) of the features looked up row by row, and of those that are pooled."""
+    rows = [(f"history.{feature.name}", feature) for feature in schema.history_features]
+    rows += [(f"candidates.{feature.name}", feature) for feature in schema.item_features]
+    rows += [(f"users.{feature.name}", feature) for feature in schema.user_features if not feature.multi_valued]
+    pooled = [(f"users.{feature.name}", feature) for feature in schema.user_features if feature.multi_valued]
+    for key, feature in pooled:
+        sharers = [other for other, row_feature in rows if row_feature.table == feature.table]
+        if sharers:
+            raise ConfigError(f"multi-valued feature {key!r} and {sharers[0]!r} share table {feature.table!r}; a table "
+                              "is either pooled or looked up row by row: give the multi-valued feature its own table")
+    return rows, pooled
+
+
+def widths(schema: Schema, config: SparseConfig) -> dict[str, int]:
+    """Embedding width E of each key that ``SparseTables.forward`` returns."""
+    dims = resolve_dims(schema, config)
+    rows, pooled = _roles(schema)
+    return {key: dims[feature.table] for key, feature in rows + pooled}
+
+
+class SparseTables(nn.Module):
+    """All tables of a model.
+
+    ``ec`` holds one ``EmbeddingCollection`` for each width (TorchRec wants equal widths within one), under the name
+    ``dim16`` for width 16: history, candidate and single-valued user features. ``ebc`` pools the multi-valued user
+    features and is there only when the schema has some. Sharding replaces these collections in place; the
+    unsharded module is the meaning, the sharded one the speed.
+    """
+
+    def __init__(self, ec: nn.ModuleDict, ebc: EmbeddingBagCollection | None) -> None:
+        super().__init__()
+        self.ec = ec
+        self.ebc = ebc
+        self._ec_keys = {name: _keys(collection.embedding_configs()) for name, collection in ec.items()}
+        self._ebc_keys = _keys(ebc.embedding_bag_configs()) if ebc is not None else []
+        # Set by sharding when a pooled table is split by rows: its reduce-scatter, under gloo, needs as many
+        # requests on every rank.
+        self.equal_requests = False
+
+    def forward(self, batch: RequestBatch) -> dict[str, Tensor]:
+        """Look up a whole batch at once.
+
+        Returns "history.<feature>" (T x E), "candidates.<feature>" (C x E) and "users.<feature>" (B x E), rows in
+        the order of the batch's ids. Every exchange is started before the first is waited for, so that they overlap.
+        """
+        pending = [self.ec[name](_jagged(batch, keys)) for name, keys in self._ec_keys.items()]
+        pooled = self.ebc(self._pooled_ids(batch)) if self.ebc is not None else None
+        embedded: dict[str, Tensor] = {}
+        for collection in pending:
+            rows = collection.wait() if isinstance(collection, Awaitable) else collection
+            embedded.update({key: jagged.values() for key, jagged in rows.items()})
+        if pooled is not None:
+            keyed = pooled.wait() if isinstance(pooled, Awaitable) else pooled
+            # By key: the order of the columns depends on the plan.
+            embedded.update({key: keyed[key][:batch.num_requests] for key in self._ebc_keys})
+        return embedded
+
+    def _pooled_ids(self, batch: RequestBatch) -> KeyedJaggedTensor:
+        """Ids to pool; with ``equal_requests`` filled up with empty requests to the largest number on any rank."""
+        if not self.equal_requests:
+            return _jagged(batch, self._ebc_keys)
+        largest = torch.tensor(batch.num_requests, device=batch.history_length_B.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        # .item(): a host sync on GPUs, paid by plans with pooled row-wise tables alone.
+        return _jagged(batch, self._ebc_keys, num_empty=int(largest.item()) - batch.num_requests)
+
+
+def _keys(tables: Iterable[EmbeddingConfig | EmbeddingBagConfig]) -> list[str]:
+    return [key for table in tables for key in table.feature_names]
+
+
+def _ids(batch: RequestBatch, key: str) -> tuple[Tensor, Tensor]:
+    """Ids of a key, and their number per request."""
+    role, name = key.split(".", 1)
+    if role == "history":
+        return batch.history[name], batch.history_length_B
+    if role == "candidates":
+        return batch.candidates[name], batch.num_candidates_B
+    return batch.users[name], batch.user_length_B[name]
+
+
+def _jagged(batch: RequestBatch, keys: list[str], num_empty: int = 0) -> KeyedJaggedTensor:
+    ids, lengths = zip(*(_ids(batch, key) for key in keys), strict=True)
+    padded = [nn.functional.pad(length_B, (0, num_empty)) for length_B in lengths] if num_empty else lengths
+    return KeyedJaggedTensor(keys=keys, values=torch.cat(ids), lengths=torch.cat(padded),
+                             stride=batch.num_requests + num_empty)
+
+
+def _by_table(roles: Iterable[tuple[str, Feature]]) -> dict[str, list[str]]:
+    keys: dict[str, list[str]] = {}
+    for key, feature in roles:
+        keys.setdefault(feature.table, []).append(key)
+    return keys
+
+
+def build_tables(schema: Schema, config: SparseConfig, device: torch.device | str = "meta") -> SparseTables:
+    """The unsharded tables; on "meta" they take no memory until they are sharded.
+
+    Values are meaningless until ``initialize_tables`` has filled them. A table that no feature uses is left out.
+    """
+    dims, device = resolve_dims(schema, config), torch.device(device)
+    rows, pooled = _roles(schema)
+    pooling = PoolingType.SUM if config.pooling == "sum" else PoolingType.MEAN
+    by_dim: dict[int, list[EmbeddingConfig]] = {}
+    for table, keys in _by_table(rows).items():
+        by_dim.setdefault(dims[table], []).append(EmbeddingConfig(
+            name=table, num_embeddings=schema.num_rows[table], embedding_dim=dims[table], feature_names=keys))
+    bags = [EmbeddingBagConfig(name=table, num_embeddings=schema.num_rows[table], embedding_dim=dims[table],
+                               feature_names=keys, pooling=pooling) for table, keys in _by_table(pooled).items()]
+    ec = nn.ModuleDict({f"dim{dim}": EmbeddingCollection(tables=by_dim[dim], device=device) for dim in sorted(by_dim)})
+    return SparseTables(ec, EmbeddingBagCollection(tables=bags, device=device) if bags else None)
+
+
+def find_collections(module: nn.Module) -> Mapping[str, EmbeddingCollection | EmbeddingBagCollection]:
+    """The unsharded collections of a module by their path in it."""
+    return {path: child for path, child in module.named_modules()
+            if isinstance(child, EmbeddingCollection | EmbeddingBagCollection)}
+
+
+def table_configs(collection: EmbeddingCollection | EmbeddingBagCollection) -> list[EmbeddingConfig | EmbeddingBagConfig]:
+    """TorchRec's description of each table of a collection."""
+    if isinstance(collection, EmbeddingCollection):
+        return list(collection.embedding_configs())
+    return list(collection.embedding_bag_configs())
