@@ -1,0 +1,173 @@
+"""The report's figures: matplotlib drawings as inline SVG that takes its colours and its font from the page.
+
+Figures are drawn in placeholder colours, which become CSS variables in the SVG: one drawing serves the light and the
+dark page. Text stays text, so it can be selected and scales with the page.
+"""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
+
+from longer_rec.report.numbers import format_bytes, format_count
+
+INK: Final = "#000001"
+MUTED: Final = "#000002"
+GRID: Final = "#000003"
+PAPER: Final = "#000004"
+SERIES: Final = tuple(f"#0000{number}0" for number in range(1, 9))
+_CSS: Final = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--card",
+               **{colour: f"--c{number}" for number, colour in enumerate(SERIES, start=1)}}
+
+Floats = NDArray[np.float64]
+
+# A line of an SVG costs about 20 bytes a point, and a screen shows no more of them.
+_MOST_POINTS: Final = 600
+# Drawn at the width of a phone's screen and scaled up on wider ones: labels stay readable on both.
+_WIDTH: Final = 5.2
+_STYLE: Final[Any] = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0,
+    "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID, "axes.facecolor": "none",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.grid": True,
+    "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8, "xtick.color": MUTED,
+    "ytick.color": MUTED, "ytick.left": False, "xtick.bottom": False, "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round", "legend.frameon": False, "legend.fontsize": 8.5, "figure.facecolor": "none",
+}
+
+
+def draw(name: str, height: float, paint: Callable[[Axes], None]) -> str:
+    """SVG text of one figure; ``name`` keeps its ids apart from those of other figures on the page."""
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        paint(figure.subplots())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg"):]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
+    for colour, variable in _CSS.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg
+
+
+def curve(name: str, train: Sequence[tuple[float, float]], evaluated: Sequence[tuple[float, float]], label: str,
+          levels: Mapping[str, float] | None = None) -> str:
+    """A quantity over steps: training points with their moving mean, evaluations as dots, results as level lines."""
+    def paint(axes: Axes) -> None:
+        if train:
+            step, value = np.array(train, dtype=np.float64).T
+            _line_with_mean(axes, step, value, SERIES[0], f"training {label}")
+        if evaluated:
+            step, value = np.array(evaluated, dtype=np.float64).T
+            axes.plot(step, value, color=SERIES[1], marker="o", markersize=4, label=f"validation {label}")
+        for number, (title, level) in enumerate((levels or {}).items()):
+            axes.axhline(level, color=SERIES[(number + 2) % len(SERIES)], linestyle=(0, (4, 3)), linewidth=1.3,
+                         label=f"test: {title}")
+        _steps_axis(axes)
+        _focus(axes, [value for _, value in train])
+        axes.legend(loc="best")
+
+    return draw(name, 2.9, paint)
+
+
+def throughput(points: Sequence[tuple[float, float]], unit: str) -> str:
+    """A rate over steps, from zero up."""
+    def paint(axes: Axes) -> None:
+        step, rate = np.array(points, dtype=np.float64).T
+        _line_with_mean(axes, step, rate, SERIES[2], unit)
+        axes.set_ylim(bottom=0, top=rate.max() * 1.1 or 1.0)
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_ylabel(unit)
+        _steps_axis(axes)
+
+    return draw("throughput", 2.3, paint)
+
+
+def histogram(edges: Sequence[float], counts: Sequence[float], max_events: int | None) -> str:
+    """Counts between edges, one bar of equal width each: edges usually grow geometrically.
+
+    ``max_events`` is marked where it falls: histories right of the mark are cut to their newest events.
+    """
+    def paint(axes: Axes) -> None:
+        place = np.arange(len(counts))
+        axes.bar(place + 0.5, counts, width=0.86, color=SERIES[0])
+        shown = _thin(len(edges), 9)
+        axes.set_xticks(shown, [format_count(edges[index]) for index in shown])
+        axes.set_xlabel("events before the request")
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        if max_events is not None and edges[0] < max_events < edges[-1]:
+            at = float(np.interp(max_events, edges, np.arange(len(edges))))
+            axes.axvline(at, color=SERIES[1], linestyle=(0, (4, 3)), linewidth=1.3)
+            axes.annotate(f" newest {format_count(max_events)} used ", (at, 1.0), xycoords=("data", "axes fraction"),
+                          va="top", ha="right" if at > len(counts) / 2 else "left", color=SERIES[1])
+
+    return draw("histogram", 2.6, paint)
+
+
+def rank_bytes(held: Mapping[str, Sequence[float]]) -> str:
+    """One bar a rank, stacked from the bytes of each table; tables beyond the palette share the last colour."""
+    num_ranks = len(next(iter(held.values())))
+
+    def paint(axes: Axes) -> None:
+        left = np.zeros(num_ranks)
+        for number, (table, sizes) in enumerate(held.items()):
+            axes.barh(np.arange(num_ranks), sizes, left=left, height=0.62, label=table,
+                      color=SERIES[min(number, len(SERIES) - 1)], edgecolor=PAPER, linewidth=1)
+            left += np.array(sizes, dtype=np.float64)
+        for rank, total in enumerate(left):
+            axes.annotate(f" {format_bytes(total)}", (total, rank), va="center", color=MUTED)
+        axes.set_xlim(0, left.max() * 1.2 or 1.0)
+        shown = _thin(num_ranks, 16)
+        axes.set_yticks(shown, [f"rank {rank}" for rank in shown])
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
+
+    return draw("plan", 0.5 + 0.34 * min(num_ranks, 24), paint)
+
+
+def moving_mean(values: Floats) -> Floats:
+    """Exponential moving mean over about a thirtieth of the points, free of bias at the start."""
+    keep = 1.0 - 1.0 / max(1.0, len(values) / 30)
+    smoothed, mean, weight = np.empty(len(values)), 0.0, 0.0
+    for index, value in enumerate(values):
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed[index] = mean / weight
+    return smoothed
+
+
+def _line_with_mean(axes: Axes, step: Floats, value: Floats, colour: str, label: str) -> None:
+    kept = _thin(len(step), _MOST_POINTS)
+    axes.plot(step[kept], value[kept], color=colour, alpha=0.25, linewidth=1)
+    axes.plot(step[kept], moving_mean(value)[kept], color=colour, label=label)
+
+
+def _steps_axis(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: format_count(step)))
+    axes.set_xlabel("step")
+    axes.margins(x=0.01)
+
+
+def _focus(axes: Axes, values: Sequence[float]) -> None:
+    """Keep the first, wild steps from flattening the rest: the top shows 99 % of the training points."""
+    if len(values) >= 20:
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, min(high, float(np.quantile(values, 0.99)) * 1.05))
+
+
+def _thin(count: int, most: int) -> list[int]:
+    """At most ``most`` of the indices below ``count``, evenly spaced."""
+    return list(range(0, count, -(-count // most)))

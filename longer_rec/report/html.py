@@ -1,0 +1,273 @@
+"""``report.html``: one self-contained page about a run, made from the files of its directory alone."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+from markupsafe import Markup, escape
+
+from longer_rec.report import charts
+from longer_rec.report.numbers import (
+    METRIC_TITLES,
+    MISSING,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_metric,
+    is_number,
+)
+from longer_rec.report.run_files import Line, RunFiles, read_run_files
+from longer_rec.report.terminal import best_value
+
+Section = dict[str, Any]
+
+SPLITS: Final = ("train", "validation", "test")
+_METRICS: Final = ("auc", "gauc", "logloss", "ne", "calibration")
+# Parts of a step in the order in which they happen.
+_PARTS: Final = {"time_data_s": "waiting for data", "time_lookup_s": "lookup", "time_tower_s": "tower",
+                 "time_reduce_s": "reduction", "time_sparse_s": "sparse update", "time_dense_s": "dense update"}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` into the run's directory and return its path.
+
+    A file that is not there costs its section, which says so; a damaged one raises ``DataError``.
+    """
+    files = read_run_files(run_dir)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("longer_rec.report", "."), autoescape=True,
+                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.get_template("report.html.j2").render(
+        head=headline(files), results=results(files), curves=curves(files), speed=speed(files), data=data(files),
+        plan=plan(files), config=highlight_yaml(files.config_text) if files.config_text else None,
+        machine=[(title(key), fact(key, value)) for key, value in files.run.items() if key != "data"])
+    path = run_dir / "report.html"
+    unfinished = path.with_name("report.html.tmp")
+    unfinished.write_text(page, encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def headline(files: RunFiles) -> Section:
+    """Name, origin and the figures that matter most: of the test split, or the newest validation before its end."""
+    final, split = _final_metrics(files)
+    train = files.split("train")
+    tiles = [(f"{split} {METRIC_TITLES[name]}", format_metric(name, final.get(name)))
+             for name in ("auc", "logloss", "gauc")] if final else []
+    if train:
+        tiles.append(("training time", format_duration(train[-1].get("elapsed_s", 0.0))))
+        tiles.append(("steps", format_count(train[-1]["step"])))
+    run, version = files.run, _version_of(files.run, "longer_rec")
+    ranks = run.get("world_size") or run.get("num_workers")
+    origin = [
+        str(run.get("started", ""))[:16].replace("T", " "),
+        f"{ranks} rank{'s' if ranks != 1 else ''}" if ranks else "",
+        f"longer_rec {version}" if version else "",
+        f"commit {run['git_commit'][:10]}" if run.get("git_commit") else "",
+    ]
+    return {"name": files.config.get("name") or files.directory.resolve().name, "tiles": tiles,
+            "origin": " · ".join(part for part in origin if part)}
+
+
+def results(files: RunFiles) -> Section | None:
+    """Each model's metrics as text, the best of a column marked; None before the run has ended."""
+    rows = files.results
+    if not rows:
+        return None
+    metrics = [name for name in _METRICS if any(is_number(row.get(name)) for row in rows)]
+    best = {name: best_value(name, rows) if len(rows) > 1 else None for name in metrics}
+    first = rows[0]
+    counts = [f"{format_count(first[key])} {what}" for key, what in (
+        ("num_candidates", "candidates"), ("num_gauc_users", "users with both classes")) if is_number(first.get(key))]
+    return {
+        "titles": [METRIC_TITLES[name] for name in metrics],
+        "rows": [{"name": row.get("name", MISSING), "note": row.get("note") or "",
+                  "time": format_duration(row["train_s"]) if row.get("train_s") else "",
+                  "cells": [(format_metric(name, row.get(name)), best[name] is not None and row.get(name) == best[name])
+                            for name in metrics]} for row in rows],
+        "timed": any(row.get("train_s") for row in rows),
+        "noted": any(row.get("note") for row in rows),
+        "about": ", ".join(counts),
+    }
+
+
+def curves(files: RunFiles) -> list[tuple[str, Markup]]:
+    """(caption, drawing) of loss and of AUC over steps; empty when nothing was logged."""
+    train, validation = files.split("train"), files.split("validation")
+    drawn = []
+    if train or validation:
+        drawn.append(("Loss over steps, in nats per candidate", Markup(charts.curve(  # noqa: S704 - our own SVG
+            "loss", _points(train, "loss"), _points(validation, "logloss"), "loss",
+            _levels(files.results, "logloss")))))
+    if validation:
+        drawn.append(("AUC over steps", Markup(charts.curve(  # noqa: S704
+            "auc", [], _points(validation, "auc"), "AUC", _levels(files.results, "auc")))))
+    return drawn
+
+
+def speed(files: RunFiles) -> Section | None:
+    """Throughput over steps and the mean split of a step's time; None when no step was logged."""
+    train = files.split("train")
+    rates = _points(train, "requests_per_s")
+    if not rates:
+        return None
+    durations = _durations(files.lines)
+    seconds = {name: sum(line.get(key, 0.0) for line in train) for key, name in _PARTS.items()}
+    seconds["other"] = max(0.0, sum(durations) - sum(seconds.values()))
+    total, num_steps = sum(seconds.values()), train[-1]["step"]
+    return {
+        "chart": Markup(charts.throughput(rates, "requests/s")),  # noqa: S704
+        "means": [(unit, format_count(_mean(train, f"{unit}_per_s")))
+                  for unit in ("requests", "candidates", "events") if _points(train, f"{unit}_per_s")],
+        "step_ms": f"{1000 * total / num_steps:.3g}" if total and num_steps else None,
+        "parts": [{"name": name, "share": value / total, "ms": f"{1000 * value / num_steps:.3g}"}
+                  for name, value in seconds.items() if value >= 0.0005 * total] if total else [],
+    }
+
+
+def data(files: RunFiles) -> Section | None:
+    """The summary of the prepared data, whatever it holds: facts, one row per quantity told by split, notes."""
+    summary = files.run.get("data")
+    if not summary:
+        return None
+    facts, by_split, notes = [], [], []
+    for key, value in summary.items():
+        if key == "notes":
+            notes = [value] if isinstance(value, str) else list(value)
+        elif key == "history_length_histogram":
+            continue
+        elif isinstance(value, Mapping) and value and set(value) <= set(SPLITS):
+            by_split += list(_split_rows(key, value))
+        else:
+            facts.append((title(key), fact(key, value)))
+    return {"facts": facts, "splits": [split for split in SPLITS if any(split in row for _, row in by_split)],
+            "by_split": by_split, "notes": notes,
+            "chart": _histogram(summary.get("history_length_histogram"), files.config)}
+
+
+def plan(files: RunFiles) -> Section | None:
+    """Rows of the sharding plan, largest table first, and what each rank holds; None without a plan."""
+    if not files.plan.get("tables"):
+        return None
+    tables, num_ranks = sorted(files.plan["tables"], key=lambda table: -_table_bytes(table)), files.plan["world_size"]
+    # A table may stand in two modules of a model: number, not name, tells them apart in the drawing.
+    held = {f"{number} {table['table']}": _bytes_on_ranks(table, num_ranks) for number, table in enumerate(tables)}
+    return {
+        "rows": [{"colour": min(number, len(charts.SERIES) - 1) + 1, "table": table["table"],
+                  "rows": format_count(table["rows"]), "dim": table["dim"], "sharding": table["sharding_type"],
+                  "kernel": table.get("kernel", MISSING), "ranks": _span(table["ranks"]),
+                  "weights": format_bytes(table["weight_bytes"]), "optimizer": format_bytes(table["optimizer_bytes"])}
+                 for number, table in enumerate(tables)],
+        "total": format_bytes(sum(map(sum, held.values()))), "num_ranks": num_ranks,
+        "chart": Markup(charts.rank_bytes(held)),  # noqa: S704
+    }
+
+
+def title(key: str) -> str:
+    """A key as a reader says it: ``num_oov_items`` becomes "Oov items", units leave the name."""
+    words = re.sub(r"^num_|_(bytes|s|seconds)$", "", key).replace("_", " ").strip()
+    return words[:1].upper() + words[1:]
+
+
+def fact(key: str, value: Any) -> str:
+    """A value in the unit that its key names; nested values flattened into one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {fact(name, part)}" for name, part in value.items()) or MISSING
+    if isinstance(value, list | tuple):
+        return "; ".join(fact(key, part) for part in value) or "none"
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return MISSING
+    if not is_number(value):
+        return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    if key.endswith("bytes"):
+        return format_bytes(value)
+    if key.endswith(("_s", "seconds")):
+        return format_duration(value)
+    if isinstance(value, float) and 0 < abs(value) < 1:
+        return f"{value:.2%}"
+    return format_count(value)
+
+
+def highlight_yaml(text: str) -> Markup:
+    """The text escaped, its keys and comments marked."""
+    marked = re.sub(r"(?m)^(\s*(?:- )?)([\w.]+)(:)", r"\1<b>\2</b>\3", str(escape(text)))
+    return Markup(re.sub(r"(?m)(^|\s)(#.*)$", r"\1<i>\2</i>", marked))  # noqa: S704 - escaped above
+
+
+def _final_metrics(files: RunFiles) -> tuple[Mapping[str, Any], str]:
+    if files.results:
+        return files.results[0], "test"
+    for split in ("test", "validation"):
+        if lines := files.split(split):
+            return lines[-1], split
+    return {}, ""
+
+
+def _version_of(run: Mapping[str, Any], package: str) -> object:
+    versions = run.get("versions")
+    return (versions if isinstance(versions, Mapping) else run).get(package)
+
+
+def _points(lines: Iterable[Line], key: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[key]) for line in lines if is_number(line.get(key)) and math.isfinite(line[key])]
+
+
+def _mean(lines: Iterable[Line], key: str) -> float:
+    values = [value for _, value in _points(lines, key)]
+    return sum(values) / len(values)
+
+
+def _levels(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:
+    return {row.get("name", MISSING): row[metric] for row in rows if is_number(row.get(metric))}
+
+
+def _durations(lines: Sequence[Line]) -> list[float]:
+    """Seconds of each training line: ``elapsed_s`` runs over training and evaluation alike, line after line."""
+    timed = [{"split": "", "elapsed_s": 0.0}, *(line for line in lines if is_number(line.get("elapsed_s")))]
+    return [max(0.0, line["elapsed_s"] - before["elapsed_s"]) for before, line in pairwise(timed)
+            if line["split"] == "train"]
+
+
+def _split_rows(key: str, value: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, str]]]:
+    """One row per quantity: the key itself, or each of the names nested below the splits."""
+    if not all(isinstance(part, Mapping) for part in value.values()):
+        yield title(key), {split: fact(key, part) for split, part in value.items()}
+        return
+    names = dict.fromkeys(name for part in value.values() for name in part)
+    for name in names:
+        yield (f"{title(key)}: {name.replace('_', ' ')}",
+               {split: fact(name, part.get(name)) for split, part in value.items()})
+
+
+def _histogram(counted: Mapping[str, Any] | None, config: Mapping[str, Any]) -> Markup | None:
+    if not counted or not counted.get("counts"):
+        return None
+    settings = config.get("data")
+    max_events = settings.get("max_events") if isinstance(settings, Mapping) else None
+    return Markup(charts.histogram(counted["edges"], counted["counts"], max_events))  # noqa: S704
+
+
+def _table_bytes(table: Mapping[str, Any]) -> int:
+    return int(table["weight_bytes"] + table["optimizer_bytes"])
+
+
+def _bytes_on_ranks(table: Mapping[str, Any], num_ranks: int) -> list[float]:
+    """Weights and optimizer state of one table by rank, in proportion to its shards; a replica holds all of it."""
+    held, whole = [0.0] * num_ranks, _table_bytes(table)
+    for shard in table.get("shards") or ():
+        height, width = shard["sizes"]
+        held[shard["rank"]] += whole * height * width / (table["rows"] * table["dim"])
+    if not table.get("shards"):
+        for rank in table["ranks"]:
+            held[rank] = whole
+    return held
+
+
+def _span(ranks: Sequence[int]) -> str:
+    held = sorted(set(ranks))
+    if len(held) > 2 and held == list(range(held[0], held[-1] + 1)):
+        return f"{held[0]}–{held[-1]}"
+    return ", ".join(map(str, held))

@@ -1,0 +1,54 @@
+"""Numbers as people read them, the same in the terminal and in the report."""
+
+import math
+from typing import Final
+
+MISSING: Final = "–"
+
+# How many decimals tell two models apart: AUC and losses to 1e-4, ratios to 1e-3.
+_METRIC_DECIMALS: Final = {"auc": 4, "gauc": 4, "logloss": 4, "ne": 4, "calibration": 3, "base_rate": 4, "loss": 4}
+
+METRIC_TITLES: Final = {"auc": "AUC", "gauc": "GAUC", "logloss": "LogLoss", "ne": "NE", "calibration": "Calibration",
+                        "base_rate": "Base rate", "loss": "Loss"}
+
+
+def is_number(value: object) -> bool:
+    """A finite or infinite number; NaN, text and None are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def format_metric(name: str, value: object) -> str:
+    """A metric with the decimals that matter for it; a dash where it is NaN or not there."""
+    return f"{value:.{_METRIC_DECIMALS.get(name, 4)}f}" if is_number(value) else MISSING
+
+
+def format_count(value: float) -> str:
+    """Thousands in groups; small fractions keep three significant digits."""
+    if value != int(value) and abs(value) < 100:
+        return f"{value:.3g}"
+    return f"{value:,.0f}"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Binary units with three significant digits: 512 B, 1.5 KiB, 20.3 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(num_bytes) < 1000 or unit == "TiB":
+            break
+        num_bytes /= 1024
+    return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
+
+
+def format_duration(seconds: float) -> str:
+    """Two units at most: 8.4 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_clock(seconds: float) -> str:
+    """A running clock: 0:07, 3:20, 2:05:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -1,0 +1,106 @@
+"""Reading a run directory: each file is optional, but what is there must be whole."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longer_rec.errors import DataError
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What the trainer wrote; None or empty where a file is not there (yet).
+
+    ``lines`` are those of ``metrics.jsonl``, in the order written.
+    ``results`` holds one row a model.
+    """
+
+    directory: Path
+    config_text: str | None
+    config: dict[str, Any]
+    run: dict[str, Any]
+    plan: dict[str, Any]
+    results: list[dict[str, Any]]
+    lines: list[Line]
+
+    def split(self, name: str) -> list[Line]:
+        return [line for line in self.lines if line["split"] == name]
+
+
+def read_run_files(directory: Path) -> RunFiles:
+    """The files of a run; ``DataError`` when there is none of them, or one of them is damaged."""
+    config_path = directory / "config.yaml"
+    files = RunFiles(
+        directory=directory,
+        config_text=_read_text(config_path),
+        config=_mapping(_parse_yaml(config_path), config_path),
+        run=_mapping(_parse_json(directory / "run.json"), directory / "run.json"),
+        plan=_mapping(_parse_json(directory / "plan.json"), directory / "plan.json"),
+        results=_list(_parse_json(directory / "results.json"), directory / "results.json"),
+        lines=_read_metrics(directory / "metrics.jsonl"),
+    )
+    if not any((files.config, files.run, files.plan, files.results, files.lines)):
+        raise DataError(f"{directory} holds none of a run's files (config.yaml, run.json, metrics.jsonl, …); "
+                        "give the directory that `longer-rec train` wrote")
+    return files
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}; restore it or remove it") from None
+
+
+def _parse_json(path: Path) -> Any:
+    text = _read_text(path)
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}; restore it or remove it") from None
+
+
+def _parse_yaml(path: Path) -> Any:
+    text = _read_text(path)
+    try:
+        return None if text is None else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DataError(f"{path} is damaged: {' '.join(str(error).split())}; restore it or remove it") from None
+
+
+def _mapping(content: Any, path: Path) -> dict[str, Any]:
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a {type(content).__name__}, not a mapping; restore it or remove it")
+    return content
+
+
+def _list(content: Any, path: Path) -> list[dict[str, Any]]:
+    if content is None:
+        return []
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise DataError(f"{path} does not hold a list of mappings; restore it or remove it")
+    return content
+
+
+def _read_metrics(path: Path) -> list[Line]:
+    """Lines in the order written; a line cut short by a crash is as damaged as any other."""
+    text = _read_text(path) or ""
+    lines = []
+    for number, raw in enumerate(text.splitlines(), start=1):
+        try:
+            line = json.loads(raw)
+            known = isinstance(line, dict) and isinstance(line["step"], int) and isinstance(line["split"], str)
+        except (ValueError, KeyError):
+            known = False
+        if not known:
+            raise DataError(f"{path} line {number} is damaged: {raw[:60]!r} is no JSON object with a step and a split; "
+                            "remove that line")
+        lines.append(line)
+    return lines

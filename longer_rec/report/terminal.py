@@ -1,0 +1,170 @@
+"""What a run shows in a terminal: tables of the plan, the results and the machine, and the progress of training."""
+
+import sys
+import time
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, Final, Protocol, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from longer_rec.report.numbers import (
+    METRIC_TITLES,
+    format_bytes,
+    format_clock,
+    format_count,
+    format_duration,
+    format_metric,
+    is_number,
+)
+
+Row = Mapping[str, Any]
+
+# Rich assumes 80 columns where there is no terminal, and folds tables that a log file has room for.
+_LOG_WIDTH: Final = 140
+_STATUS_STYLE: Final = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+_METRICS: Final = ("auc", "gauc", "logloss", "ne", "calibration")
+
+
+class Check(Protocol):
+    """One line of the doctor: ``status`` is "ok", "warn", "fail" or "skip"; ``remedy`` is a line to type, or ""."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def detail(self) -> str: ...
+    @property
+    def remedy(self) -> str: ...
+
+
+def make_console() -> Console:
+    """Standard output, as wide as the terminal, or wide enough for every table where it is a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, highlight=False)
+
+
+def plan_table(rows: Sequence[Row], console: Console | None = None) -> None:
+    """Print the sharding plan: one row a table with its placement and its bytes, and their sum."""
+    table = _table("Sharding plan", ["table", "rows", "dim", "sharding", "kernel", "ranks", "weights", "optimizer"],
+                   numeric=("rows", "dim", "weights", "optimizer"))
+    for row in rows:
+        table.add_row(escape(row["table"]), format_count(row["rows"]), str(row["dim"]), row["sharding"], row["kernel"],
+                      str(row["ranks"]), format_bytes(row["weight_bytes"]), format_bytes(row["optimizer_bytes"]))
+    table.add_section()
+    totals = (format_bytes(sum(row[key] for row in rows)) for key in ("weight_bytes", "optimizer_bytes"))
+    table.add_row(f"{len(rows)} tables", format_count(sum(row["rows"] for row in rows)), "", "", "", "", *totals,
+                  style="bold")
+    (console or make_console()).print(table)
+
+
+def results_table(rows: Sequence[Row], console: Console | None = None) -> None:
+    """Print the metrics of each model, the best of a column in bold; the first row is the run itself."""
+    metrics = [name for name in _METRICS if any(is_number(row.get(name)) for row in rows)]
+    timed, noted = any(row.get("train_s") for row in rows), any(row.get("note") for row in rows)
+    numeric = [METRIC_TITLES[name] for name in metrics] + ["training"] * timed
+    table = _table("Results", ["model", *numeric, *["note"] * noted], numeric)
+    best = {name: best_value(name, rows) for name in metrics}
+    for row in rows:
+        cells = [escape(str(row["name"]))]
+        for name in metrics:
+            text = format_metric(name, row.get(name))
+            cells.append(f"[bold]{text}[/]" if len(rows) > 1 and row.get(name) == best[name] else text)
+        cells += [format_duration(row["train_s"]) if row.get("train_s") else ""] * timed
+        cells += [escape(row.get("note") or "")] * noted
+        table.add_row(*cells)
+    (console or make_console()).print(table)
+
+
+def best_value(metric: str, rows: Sequence[Row]) -> float | None:
+    """The best of the rows: highest AUC and GAUC, lowest loss and entropy, calibration nearest to 1."""
+    values: list[float] = [row[metric] for row in rows if is_number(row.get(metric))]
+    distance: Mapping[str, Callable[[float], float]] = {
+        "auc": lambda value: -value, "gauc": lambda value: -value, "calibration": lambda value: abs(value - 1.0)}
+    return min(values, key=distance.get(metric, float), default=None)
+
+
+def doctor_table(checks: Sequence[Check], console: Console | None = None) -> None:
+    """Print each check with its status, then the lines to type, unfolded so that they can be copied."""
+    console = console or make_console()
+    table = _table(None, ["check", "status", "found"])
+    for check in checks:
+        style = _STATUS_STYLE.get(check.status, "dim")
+        table.add_row(escape(check.name), f"[{style}]{check.status}[/]", escape(check.detail))
+    console.print(table)
+    for check in checks:
+        if check.remedy:
+            console.print(f"{check.name}: {check.remedy}", markup=False, soft_wrap=True)
+
+
+def _table(title: str | None, columns: Sequence[str], numeric: Container[str] = ()) -> Table:
+    """Borderless; numbers to the right, and only free text may fold."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 2))
+    for name in columns:
+        table.add_column(name, justify="right" if name in numeric else "left", no_wrap=name not in ("note", "found"))
+    return table
+
+
+class TrainProgress:
+    """Progress of training: a bar in a terminal, elsewhere a plain line every ``plain_every_s`` seconds.
+
+    Evaluations and the last step always get a line. Draws on ``update`` alone, without a thread: data workers are
+    forked while it is open. Does nothing where ``enabled`` is false (ranks other than 0).
+    """
+
+    def __init__(self, num_steps: int, start: int = 0, enabled: bool = True, console: Console | None = None,
+                 plain_every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console or make_console()
+        self._num_steps, self._start, self._enabled = num_steps, start, enabled
+        self._plain_every_s, self._clock = plain_every_s, clock
+        self._started = self._printed = clock()
+        self._bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True), console=self._console, auto_refresh=False,
+            disable=not (enabled and self._console.is_terminal))
+        self._task = self._bar.add_task("training", total=num_steps, completed=start, figures="")
+        self._train: dict[str, Any] = {}
+        self._auc: object = None
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, values: Row) -> None:
+        """Show the values of a log line (``loss``, ``requests_per_s``) or of an evaluation (``validation_auc``, …)."""
+        if not self._enabled:
+            return
+        evaluation = {name.removeprefix("validation_"): value for name, value in values.items()
+                      if name.startswith("validation_")}
+        self._train = self._train if evaluation else dict(values)
+        self._auc = evaluation.get("auc", self._auc)
+        if evaluation:
+            figures = "  ".join(f"{METRIC_TITLES[name]} {format_metric(name, evaluation.get(name))}"
+                                for name in ("auc", "logloss", "gauc"))
+            self._console.print(f"step {format_count(step)}: validation {figures}", markup=False)
+        elif not self._console.is_terminal:
+            self._print_plain(step)
+        self._bar.update(self._task, completed=step, figures=self._figures(), refresh=True)
+
+    def _print_plain(self, step: int) -> None:
+        now = self._clock()
+        if now - self._printed < self._plain_every_s and step < self._num_steps:
+            return
+        self._printed = now
+        done = step - self._start
+        left_s = (now - self._started) / done * (self._num_steps - step) if done else 0.0
+        self._console.print(f"step {format_count(step)} of {format_count(self._num_steps)}  {self._figures()}  "
+                            f"{format_clock(left_s)} left", markup=False)
+
+    def _figures(self) -> str:
+        parts = [f"loss {format_metric('loss', self._train.get('loss'))}"]
+        if is_number(self._auc):
+            parts.append(f"AUC {format_metric('auc', self._auc)}")
+        if is_number(self._train.get("requests_per_s")):
+            parts.append(f"{format_count(self._train['requests_per_s'])} requests/s")
+        return "  ".join(parts)
