@@ -34,7 +34,8 @@ def _splitmix64(value: Tensor) -> Tensor:
     """SplitMix64's finaliser (Steele, Lea, Flood 2014) on int64, wrapping."""
     value = (value ^ _shift_right(value, 30)) * _signed(0xBF58476D1CE4E5B9)
     value = (value ^ _shift_right(value, 27)) * _signed(0x94D049BB133111EB)
-    return value ^ _shift_right(value, 31)
+    mixed: Tensor = value ^ _shift_right(value, 31)
+    return mixed
 
 
 def initial_values(seed: int, table: str, rows: range, columns: range, std: float,

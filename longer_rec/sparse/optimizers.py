@@ -103,14 +103,14 @@ class RankerOptimizer:
         """Scale the configured learning rates from the next backward on."""
         for part, lr in self._parts:
             for group in part.param_groups:
-                group["lr"] = lr * factor  # type: ignore[index]
+                group["lr"] = lr * factor
         # Of a fused optimizer this clears nothing: it hands the rate to the kernels.
         self._fused.zero_grad()
 
     def learning_rates(self) -> dict[str, float]:
         """The rates in use, for the log."""
         names = ["sparse", "dense"] if self.tower else ["sparse"]
-        return {name: part.param_groups[0]["lr"]  # type: ignore[index]
+        return {name: part.param_groups[0]["lr"]
                 for name, (part, _) in zip(names, self._parts, strict=False) if part.param_groups}
 
     def step(self) -> None:

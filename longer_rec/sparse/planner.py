@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, TypeAlias, cast, get_args
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
@@ -28,7 +28,7 @@ from longer_rec.sparse.tables import (
     table_configs,
 )
 
-Collection = EmbeddingCollection | EmbeddingBagCollection
+Collection: TypeAlias = EmbeddingCollection | EmbeddingBagCollection
 _TYPES: tuple[str, ...] = get_args(ShardingName)
 
 
@@ -36,7 +36,7 @@ class BagSharder(EmbeddingBagCollectionSharder):
     """Offers row-wise sharding on CPUs too, where it works but TorchRec's own sharder hides it."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        types = super().sharding_types(compute_device_type)
+        types: list[str] = super().sharding_types(compute_device_type)
         return types if "row_wise" in types else [*types, "row_wise"]
 
 
@@ -60,6 +60,8 @@ def allowed_types(pooled: bool, config: SparseConfig, device: torch.device) -> d
     elif not pooled:
         reasons["data_parallel"] = ("sequence tables are looked up once for all logical workers and are not "
                                     "replicated; use table_wise")
+    elif config.weight_decay:
+        reasons["data_parallel"] = "sparse.weight_decay touches looked-up rows alone; use table_wise"
     return reasons
 
 

@@ -25,6 +25,7 @@ from longer_rec.schema import Feature, Schema
 
 ShardingName = Literal["table_wise", "row_wise", "column_wise", "data_parallel"]
 SparseOptimizerName = Literal["rowwise_adagrad", "adagrad", "sgd"]
+Pooling = Literal["sum", "mean"]
 KernelName = Literal["fused", "fused_uvm", "fused_uvm_caching"]
 
 # FBGEMM's kernels read vectors of four floats: other widths are refused on a GPU, at run time.
@@ -42,7 +43,7 @@ class SparseConfig(Config):
     default_dim: int | None = pydantic.Field(default=None, description="width of the tables not named in dims")
     init_std: dict[str, float] = pydantic.Field(default_factory=dict, description="initial spread, by table")
     default_init_std: float = pydantic.Field(default=0.3, ge=0.0)
-    pooling: Literal["sum", "mean"] = "mean"
+    pooling: Pooling = "mean"
     optimizer: SparseOptimizerName = "rowwise_adagrad"
     lr: float = pydantic.Field(default=0.01, gt=0.0)
     eps: float = pydantic.Field(default=1e-8, gt=0.0)
@@ -107,12 +108,13 @@ class SparseTables(nn.Module):
     unsharded module is the meaning, the sharded one the speed.
     """
 
-    def __init__(self, ec: nn.ModuleDict, ebc: EmbeddingBagCollection | None) -> None:
+    def __init__(self, ec: nn.ModuleDict, ebc: EmbeddingBagCollection | None, pooling: Pooling = "mean") -> None:
         super().__init__()
         self.ec = ec
         self.ebc = ebc
-        self._ec_keys = {name: _keys(collection.embedding_configs()) for name, collection in ec.items()}
-        self._ebc_keys = _keys(ebc.embedding_bag_configs()) if ebc is not None else []
+        self.pooling = pooling
+        self._ec_keys = {path: _keys(table_configs(collection)) for path, collection in find_collections(ec).items()}
+        self._ebc_keys = _keys(table_configs(ebc)) if ebc is not None else []
         # Set by sharding when a pooled table is split by rows: its reduce-scatter, under gloo, needs as many
         # requests on every rank.
         self.equal_requests = False
@@ -132,8 +134,16 @@ class SparseTables(nn.Module):
         if pooled is not None:
             keyed = pooled.wait() if isinstance(pooled, Awaitable) else pooled
             # By key: the order of the columns depends on the plan.
-            embedded.update({key: keyed[key][:batch.num_requests] for key in self._ebc_keys})
+            embedded.update({key: self._pooled(keyed[key], batch, key) for key in self._ebc_keys})
         return embedded
+
+    def _pooled(self, sum_BE: Tensor, batch: RequestBatch, key: str) -> Tensor:
+        """Cut the padding off, and divide by the number of ids for the mean; a request without ids stays 0."""
+        sum_BE = sum_BE[:batch.num_requests]
+        if self.pooling == "sum":
+            return sum_BE
+        # Here and not in TorchRec, whose mean is divided twice in a plan that mixes row_wise with other types (1.8).
+        return sum_BE / _ids(batch, key)[1].clamp(min=1).unsqueeze(1)
 
     def _pooled_ids(self, batch: RequestBatch) -> KeyedJaggedTensor:
         """Ids to pool; with ``equal_requests`` filled up with empty requests to the largest number on any rank."""
@@ -161,6 +171,8 @@ def _ids(batch: RequestBatch, key: str) -> tuple[Tensor, Tensor]:
 
 def _jagged(batch: RequestBatch, keys: list[str], num_empty: int = 0) -> KeyedJaggedTensor:
     ids, lengths = zip(*(_ids(batch, key) for key in keys), strict=True)
+    # TorchRec cannot shape the lengths of no requests at all.
+    num_empty = max(num_empty, 1 - batch.num_requests)
     padded = [nn.functional.pad(length_B, (0, num_empty)) for length_B in lengths] if num_empty else lengths
     return KeyedJaggedTensor(keys=keys, values=torch.cat(ids), lengths=torch.cat(padded),
                              stride=batch.num_requests + num_empty)
@@ -180,15 +192,15 @@ def build_tables(schema: Schema, config: SparseConfig, device: torch.device | st
     """
     dims, device = resolve_dims(schema, config), torch.device(device)
     rows, pooled = _roles(schema)
-    pooling = PoolingType.SUM if config.pooling == "sum" else PoolingType.MEAN
     by_dim: dict[int, list[EmbeddingConfig]] = {}
     for table, keys in _by_table(rows).items():
         by_dim.setdefault(dims[table], []).append(EmbeddingConfig(
             name=table, num_embeddings=schema.num_rows[table], embedding_dim=dims[table], feature_names=keys))
     bags = [EmbeddingBagConfig(name=table, num_embeddings=schema.num_rows[table], embedding_dim=dims[table],
-                               feature_names=keys, pooling=pooling) for table, keys in _by_table(pooled).items()]
+                               feature_names=keys, pooling=PoolingType.SUM) for table, keys in _by_table(pooled).items()]
     ec = nn.ModuleDict({f"dim{dim}": EmbeddingCollection(tables=by_dim[dim], device=device) for dim in sorted(by_dim)})
-    return SparseTables(ec, EmbeddingBagCollection(tables=bags, device=device) if bags else None)
+    ebc = EmbeddingBagCollection(tables=bags, device=device) if bags else None
+    return SparseTables(ec, ebc, config.pooling)
 
 
 def find_collections(module: nn.Module) -> Mapping[str, EmbeddingCollection | EmbeddingBagCollection]:

@@ -6,7 +6,7 @@ from longer_rec.batch import RequestBatch
 from longer_rec.schema import Feature, Schema, Table
 
 SCHEMA = Schema(
-    tables=(Table(name="item", num_rows=61), Table(name="category", num_rows=9), Table(name="action", num_rows=5),
+    tables=(Table(name="item", num_rows=61), Table(name="category", num_rows=11), Table(name="action", num_rows=7),
             Table(name="user", num_rows=23), Table(name="tag", num_rows=31), Table(name="topic", num_rows=17)),
     item_features=(Feature(name="item", table="item"), Feature(name="category", table="category")),
     event_features=(Feature(name="action", table="action"),),

@@ -90,7 +90,7 @@ def _outcome(folder: Path, rank: int, status: int | None, timeout_s: float) -> t
     """(time of failure, traceback or "", result)."""
     result = folder / f"result-{rank}"
     if result.exists() and status == 0:
-        outcome: tuple[float, str, Any] = pickle.loads(result.read_bytes())  # noqa: S301 - written by our own child
+        outcome: tuple[float, str, Any] = pickle.loads(result.read_bytes())
         return outcome
     log = (folder / f"log-{rank}").read_text(errors="replace")[-2000:]
     if status is None:
