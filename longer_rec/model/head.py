@@ -1,0 +1,52 @@
+"""The head: outputs of the global tokens and scaled raw embeddings -> MLP -> one logit per task."""
+
+import math
+
+import pydantic
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longer_rec.config import Config
+
+
+class HeadConfig(Config):
+    """``id_scale`` keeps raw embeddings small, so that the head does not memorise ids; 0 leaves them out."""
+
+    hidden: tuple[int, ...] = (128, 64)
+    dropout: float = pydantic.Field(0.0, ge=0.0, lt=1.0)
+    id_scale: float = pydantic.Field(0.1, ge=0.0)
+    prior: float = pydantic.Field(0.2, gt=0.0, lt=1.0, description="share of positives the untrained head predicts")
+
+
+class Head(nn.Module):
+    """MLP over [candidate inputs ; user inputs], whose first layer is split so that the user's part is done once."""
+
+    def __init__(self, config: HeadConfig, candidate_width: int, user_width: int, num_tasks: int) -> None:
+        super().__init__()
+        widths = (*config.hidden, num_tasks)
+        self.dropout = config.dropout
+        self.candidate = nn.Linear(candidate_width, widths[0])
+        self.user = nn.Linear(user_width, widths[0], bias=False)
+        rest = [nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+        self.rest = nn.ModuleList(rest)
+        bound = 1 / math.sqrt(max(candidate_width + user_width, 1))
+        for linear in (self.candidate, self.user):
+            nn.init.uniform_(linear.weight, -bound, bound)
+        nn.init.constant_([self.candidate, *rest][-1].bias, math.log(config.prior / (1 - config.prior)))
+
+    def encode(self, user_BX: Tensor) -> Tensor:
+        """The user's share of the first layer, B x F."""
+        return self.user(user_BX)
+
+    def forward(self, candidate_CX: Tensor, user_BF: Tensor, request_C: Tensor) -> Tensor:
+        """Logits C x Y."""
+        hidden = self.candidate(candidate_CX) + user_BF.index_select(0, request_C)
+        for linear in self.rest:
+            hidden = linear(F.dropout(F.silu(hidden), self.dropout, self.training))
+        return hidden
+
+
+def scaled_inputs(embedding: dict[str, Tensor], names: tuple[str, ...], scale: float) -> list[Tensor]:
+    """The raw embeddings for the head, or nothing where the scale is 0."""
+    return [torch.cat([embedding[name] for name in names], dim=-1) * scale] if scale and names else []

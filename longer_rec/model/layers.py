@@ -1,0 +1,79 @@
+"""The layer that both sides go through: user tokens once, candidates against what the user left.
+
+Pre-norm: token + proj(attention(norm(token))), then token + FFN(norm(token)).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longer_rec.model.attention import attend, merge_own
+from longer_rec.model.jagged import newest_rows
+from longer_rec.model.norms import NormKind, build_norm
+from longer_rec.model.state import LayerCache
+
+
+class CausalLayer(nn.Module):
+    """One layer of the tower; cross-causal or self-causal depending on how many queries it is asked for."""
+
+    def __init__(self, merged_width: int, num_heads: int, ffn_multiple: int, dropout: float, norm_kind: NormKind,
+                 matcher_gamma: float) -> None:
+        super().__init__()
+        self.num_heads, self.head_width = num_heads, merged_width // num_heads
+        self.merged_width, self.dropout = merged_width, dropout
+        self.attention_norm = build_norm(norm_kind, merged_width)
+        self.qkv = nn.Linear(merged_width, 3 * merged_width, bias=False)
+        self.proj = nn.Linear(merged_width, merged_width, bias=False)
+        self.ffn_norm = build_norm(norm_kind, merged_width)
+        self.up = nn.Linear(merged_width, ffn_multiple * merged_width)
+        self.down = nn.Linear(ffn_multiple * merged_width, merged_width)
+        if matcher_gamma:
+            start_as_matcher(self.qkv.weight, matcher_gamma)
+
+    def encode(self, token_SX: Tensor, length_B: Tensor, query_length_B: Tensor, num_queries: int
+               ) -> tuple[Tensor, LayerCache]:
+        """Outputs of each request's last ``query_length_B`` tokens (Q x X) and the keys and values of all of them."""
+        X = self.merged_width
+        normed_SX = self.attention_norm(token_SX)
+        key, value = F.linear(normed_SX, self.qkv.weight[X:]).chunk(2, dim=-1)
+        cache = LayerCache(self._heads(key), self._heads(value), length_B)
+        if num_queries == 0:
+            return token_SX[:0], cache
+        if num_queries < token_SX.shape[0]:
+            row = newest_rows(length_B, query_length_B, num_queries)
+            token_SX, normed_SX = token_SX.index_select(0, row), normed_SX.index_select(0, row)
+        query = self._heads(F.linear(normed_SX, self.qkv.weight[:X]))
+        mixed, _ = attend(query, cache.key_SHE, cache.value_SHE, query_length_B, length_B, causal=True)
+        return self._finish(token_SX, mixed.flatten(1)), cache
+
+    def score(self, token_CGX: Tensor, cache: LayerCache, num_candidates_B: Tensor) -> Tensor:
+        """Candidates' tokens, each attending to its request's cached keys and to its own tokens."""
+        C, G, X = token_CGX.shape
+        qkv = self.qkv(self.attention_norm(token_CGX)).view(C, G, 3, self.num_heads, self.head_width)
+        query_CGHE, key_CGHE, value_CGHE = qkv.unbind(2)
+        shared, log_sum = attend(query_CGHE.flatten(0, 1), cache.key_SHE, cache.value_SHE, num_candidates_B * G,
+                                 cache.length_B, causal=False)
+        mixed_CGHE = merge_own(shared, log_sum, query_CGHE, key_CGHE, value_CGHE)
+        return self._finish(token_CGX, mixed_CGHE.reshape(C, G, X))
+
+    def _finish(self, token: Tensor, mixed: Tensor) -> Tensor:
+        token = token + self._drop(self.proj(mixed))
+        return token + self._drop(self.down(F.silu(self.up(self.ffn_norm(token)))))
+
+    def _drop(self, value: Tensor) -> Tensor:
+        return F.dropout(value, self.dropout, self.training) if self.dropout else value
+
+    def _heads(self, value: Tensor) -> Tensor:
+        return value.unflatten(-1, (self.num_heads, self.head_width))
+
+
+def start_as_matcher(qkv_weight: Tensor, gamma: float) -> None:
+    """W_q, W_k = gamma * I + small noise: head j reads the part of the token that it compares.
+
+    With at least K heads each head compares one slot. A random start learned nothing in 20 s of training
+    (test AUC 0.508 against 0.68 on completejourney, L = 200).
+    """
+    X = qkv_weight.shape[1]
+    with torch.no_grad():
+        for block in (qkv_weight[:X], qkv_weight[X:2 * X]):
+            block.copy_(gamma * torch.eye(X) + 0.02 * torch.randn(X, X))

@@ -1,0 +1,189 @@
+"""The LONGER tower: token merge, one cross-causal layer, N self-causal layers, head.
+
+In chronological order a request is [merged events ; user globals ; candidate globals] under a bottom-right-aligned
+causal mask. ``encode`` runs everything left of the candidates and keeps each layer's keys and values; ``score`` runs
+the candidates' tokens against them. Source: LONGER, arXiv 2505.04421; the candidate globals stand last, so that the
+user's side never depends on a candidate.
+"""
+
+from typing import Literal, cast
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from longer_rec.config import Config
+from longer_rec.errors import ConfigError
+from longer_rec.model.head import Head, HeadConfig, scaled_inputs
+from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, keep_newest
+from longer_rec.model.interaction import Interaction, InteractionConfig
+from longer_rec.model.jagged import request_of, rows_after
+from longer_rec.model.layers import CausalLayer
+from longer_rec.model.merge import InnerTransConfig, TokenMerge
+from longer_rec.model.norms import NormKind, NormPlace, build_norm
+from longer_rec.model.state import LayerCache, UserState
+from longer_rec.model.tokens import EventTokens, UserGlobals
+
+
+class TowerConfig(Config):
+    """D = ``width``, K = ``merge_size``, X = K * D; ``num_heads`` 0 means K, the fewest that match slot by slot."""
+
+    kind: Literal["longer"] = "longer"
+    width: int = pydantic.Field(32, ge=1)
+    merge_size: int = pydantic.Field(2, ge=1)
+    inner_trans: InnerTransConfig | None = None
+    num_queries: int = pydantic.Field(50, ge=0, description="newest merged tokens that are queries")
+    num_self_layers: int = pydantic.Field(1, ge=0)
+    num_heads: int = pydantic.Field(0, ge=0)
+    ffn_multiple: int = pydantic.Field(4, ge=1)
+    dropout: float = pydantic.Field(0.0, ge=0.0, lt=1.0)
+    norm: NormPlace = "pre"
+    norm_kind: NormKind = "layer"
+    matcher_gamma: float = pydantic.Field(2.0, ge=0.0, description="W_q, W_k start as this times I; 0: random start")
+    projection_hidden: int = pydantic.Field(0, ge=0, description="hidden width of the input projection; 0: linear")
+    age_buckets: int = pydantic.Field(64, ge=2)
+    age_width: int = pydantic.Field(8, ge=1)
+    user_token: bool = True
+    num_cls_tokens: int = pydantic.Field(0, ge=0)
+    interaction: InteractionConfig | None = None
+    head: HeadConfig = HeadConfig()
+    pooling: Literal["globals", "globals+mean"] = "globals"
+
+    @property
+    def merged_width(self) -> int:
+        return self.merge_size * self.width
+
+    @property
+    def heads(self) -> int:
+        return self.num_heads or self.merge_size
+
+    @property
+    def num_candidate_tokens(self) -> int:
+        return 2 if self.interaction is not None and self.interaction.token else 1
+
+
+class LongerTower(nn.Module):
+    """``encode`` a user once, ``score`` any number of candidates against it."""
+
+    def __init__(self, config: TowerConfig, widths: InputWidths, num_tasks: int, max_events: int) -> None:
+        super().__init__()
+        _check(config, widths)
+        self.config, self.max_events = config, max_events
+        X = config.merged_width
+        self.item_names, self.user_names = tuple(widths.item), tuple(widths.user)
+        self.tokens = EventTokens(widths, config.width, config.merge_size, config.projection_hidden, max_events,
+                                  config.age_buckets, config.age_width)
+        self.merge = TokenMerge(config.width, config.merge_size, config.inner_trans)
+        self.globals = UserGlobals(widths, X, config.user_token, config.num_cls_tokens)
+        self.layers = nn.ModuleList(
+            CausalLayer(X, config.heads, config.ffn_multiple, config.dropout, config.norm_kind, config.matcher_gamma)
+            for _ in range(1 + config.num_self_layers))
+        self.final_norm = build_norm(config.norm_kind, X)
+        self.interaction, interaction_width = build_interaction(config.interaction, widths)
+        if config.interaction is not None and config.interaction.token:
+            self.interaction_token = nn.Linear(interaction_width, X)
+        has_ids = config.head.id_scale > 0
+        candidate_width = config.num_candidate_tokens * X + has_ids * sum(widths.item.values())
+        if config.interaction is not None and config.interaction.to_head:
+            candidate_width += interaction_width
+        user_width = (self.globals.num_tokens + (config.pooling == "globals+mean")) * X
+        user_width += has_ids * sum(widths.user.values()) + widths.num_dense
+        self.head = Head(config.head, candidate_width, user_width, num_tasks)
+
+    @property
+    def causal_layers(self) -> list[CausalLayer]:
+        """Cross-causal first, then the self-causal ones."""
+        return cast(list[CausalLayer], list(self.layers))
+
+    def encode(self, user: UserSide) -> UserState:
+        """The user's side: keys and values of each layer, the user's share of the head, the runs of matches."""
+        user = keep_newest(user, self.max_events)
+        merged_MX, merged_length_B = self.merge(self.tokens.events(user), user.length_B)
+        global_BGX = self.globals(user)
+        G = global_BGX.shape[1]
+        token_SX = append_globals(merged_MX, merged_length_B, global_BGX)
+        length_B = merged_length_B + G
+        caches: list[LayerCache] = []
+        reads_sequence = self.config.pooling == "globals+mean"
+        for depth, layer in enumerate(self.causal_layers):
+            is_last = depth == len(self.layers) - 1
+            # Nobody reads the last layer's sequence outputs unless the head takes their mean.
+            num_kept = 0 if is_last and not reads_sequence else self.config.num_queries
+            query_length_B = (length_B - G).clamp(max=num_kept) + G
+            token_SX, cache = layer.encode(token_SX, length_B, query_length_B, int(query_length_B.sum()))
+            length_B = query_length_B
+            caches.append(cache)
+        runs = self.interaction.encode(user) if self.interaction is not None else None
+        return UserState(self._encode_head(user, self.final_norm(token_SX), length_B, G), tuple(caches), runs)
+
+    def score(self, state: UserState, candidates: CandidateSide) -> Tensor:
+        """Logits C x Y."""
+        num_candidates = candidates.id[self.item_names[0]].numel()
+        token_CX = self.tokens.candidates(candidates)
+        parts, tokens = [], [token_CX]
+        if self.interaction is not None and state.matches is not None:
+            hidden = self.interaction.score(state.matches, candidates)
+            if self.interaction.config.token:
+                tokens.insert(0, self.interaction_token(hidden).to(token_CX.dtype))
+            if self.interaction.config.to_head:
+                parts.append(hidden)
+        token_CGX = torch.stack(tokens, dim=1)
+        for layer, cache in zip(self.causal_layers, state.layers, strict=True):
+            token_CGX = layer.score(token_CGX, cache, candidates.length_B)
+        parts.append(self.final_norm(token_CGX).flatten(1))
+        parts += scaled_inputs(candidates.embedding, self.item_names, self.config.head.id_scale)
+        request_C = request_of(candidates.length_B, num_candidates)
+        return self.head(torch.cat(parts, dim=1), state.head_BF, request_C)
+
+    def _encode_head(self, user: UserSide, output_QX: Tensor, length_B: Tensor, num_globals: int) -> Tensor:
+        B = length_B.numel()
+        end_B = length_B.cumsum(0)
+        row_BG = end_B.unsqueeze(1) - num_globals + torch.arange(num_globals, device=end_B.device)
+        parts = [output_QX.index_select(0, row_BG.flatten()).view(B, num_globals * self.config.merged_width)]
+        if self.config.pooling == "globals+mean":
+            sequence = torch.ones(output_QX.shape[0], 1, device=output_QX.device, dtype=output_QX.dtype)
+            sequence = sequence.index_fill(0, row_BG.flatten(), 0.0)
+            request_Q = request_of(length_B, output_QX.shape[0])
+            total = output_QX.new_zeros(B, output_QX.shape[1]).index_add(0, request_Q, output_QX * sequence)
+            parts.append(total / (length_B - num_globals).clamp(min=1).unsqueeze(1))
+        parts += scaled_inputs(user.user_embedding, self.user_names, self.config.head.id_scale)
+        parts.append(user.dense_BF.to(output_QX.dtype))
+        return self.head.encode(torch.cat(parts, dim=1))
+
+
+def append_globals(merged_MX: Tensor, length_B: Tensor, global_BGX: Tensor) -> Tensor:
+    """[merged events ; user globals] of each request, packed."""
+    G = global_BGX.shape[1]
+    if G == 0:
+        return merged_MX
+    merged_row, global_row = rows_after(length_B, G)
+    global_rows = global_BGX.flatten(0, 1)
+    joined = merged_MX.new_zeros(merged_MX.shape[0] + global_rows.shape[0], merged_MX.shape[1])
+    return joined.index_copy(0, merged_row, merged_MX).index_copy(0, global_row, global_rows.to(joined.dtype))
+
+
+def build_interaction(config: InteractionConfig | None, widths: InputWidths) -> tuple[Interaction | None, int]:
+    """The interaction module and its output width (0 without one)."""
+    if config is None:
+        return None, 0
+    for name in (*config.fields, *config.context):
+        if name not in widths.item:
+            raise ConfigError(f"tower.interaction names the item feature {name!r}; known are {', '.join(widths.item)}")
+    fields = config.fields or tuple(widths.item)
+    return Interaction(config, fields, sum(widths.item[name] for name in config.context)), config.hidden[-1]
+
+
+def _check(config: TowerConfig, widths: InputWidths) -> None:
+    X, H = config.merged_width, config.heads
+    if X % H:
+        divisors = [heads for heads in range(1, X + 1) if X % heads == 0]
+        raise ConfigError(f"tower.num_heads={H} does not divide the merged width {X} (width {config.width} x "
+                          f"merge_size {config.merge_size}); use one of {divisors}")
+    if config.inner_trans is not None and config.width % config.inner_trans.num_heads:
+        raise ConfigError(f"tower.inner_trans.num_heads={config.inner_trans.num_heads} does not divide tower.width="
+                          f"{config.width}; choose a divisor")
+    if config.inner_trans is not None and config.merge_size == 1:
+        raise ConfigError("tower.inner_trans needs groups of more than one event: set tower.merge_size above 1 or "
+                          "tower.inner_trans to null")
+    if not widths.item:
+        raise ConfigError("the tower needs at least one item feature; add one to the schema")

@@ -1,0 +1,147 @@
+"""``tower_ref``: LONGER as the paper draws it, slow and obvious, sharing nothing with the fast path but its weights.
+
+One candidate at a time, no cache, no packing: [merged events ; user globals ; candidate globals] goes through plain
+layers under one explicit mask. Tests compare outputs and gradients.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from longer_rec.model.inputs import CandidateSide, UserSide
+from longer_rec.model.interaction import Interaction, describe
+from longer_rec.model.layers import CausalLayer
+from longer_rec.model.longer import LongerTower
+from longer_rec.model.merge import merge_ref
+
+
+def tower_ref(tower: LongerTower, user: UserSide, candidates: CandidateSide) -> Tensor:
+    """Twin of ``tower.score(tower.encode(user), candidates)``."""
+    logits, row = [], 0
+    for request in range(user.length_B.numel()):
+        alone = one_request(user, request, tower.max_events)
+        for _ in range(int(candidates.length_B[request])):
+            logits.append(_one_candidate(tower, alone, one_candidate(candidates, row)))
+            row += 1
+    return torch.cat(logits) if logits else next(tower.parameters()).new_zeros(0, 1)
+
+
+def one_request(user: UserSide, request: int, max_events: int) -> UserSide:
+    """Request ``request`` of a batch, its history cut to the newest ``max_events``."""
+    end = int(user.length_B[:request + 1].sum())
+    start = max(end - int(user.length_B[request]), end - max_events)
+    return UserSide({name: value[start:end] for name, value in user.event_embedding.items()},
+                    {name: value[start:end] for name, value in user.event_id.items()},
+                    user.age_T[start:end], torch.tensor([end - start]),
+                    {name: value[request:request + 1] for name, value in user.user_embedding.items()},
+                    user.dense_BF[request:request + 1])
+
+
+def one_candidate(candidates: CandidateSide, row: int) -> CandidateSide:
+    """Candidate ``row`` alone in a request."""
+    return replace(candidates, embedding={name: value[row:row + 1] for name, value in candidates.embedding.items()},
+                   id={name: value[row:row + 1] for name, value in candidates.id.items()}, length_B=torch.tensor([1]))
+
+
+def _one_candidate(tower: LongerTower, user: UserSide, candidate: CandidateSide) -> Tensor:
+    config, scale = tower.config, tower.config.head.id_scale
+    merged_MX, _ = merge_ref(tower.merge, _event_tokens(tower, user), user.length_B)
+    globals_GX = tower.globals(user)[0]
+    own, head_inputs = [_candidate_token(tower, candidate)], []
+    if tower.interaction is not None:
+        hidden = _interaction(tower.interaction, user, candidate)
+        if tower.interaction.config.token:
+            own.insert(0, tower.interaction_token(hidden))
+        if tower.interaction.config.to_head:
+            head_inputs.append(hidden)
+    num_events, num_globals, num_own = merged_MX.shape[0], globals_GX.shape[0], len(own)
+    token_SX = torch.cat([merged_MX, globals_GX, *own])
+    num_sequence = num_events
+    for layer in tower.causal_layers:
+        num_sequence = min(num_sequence, config.num_queries)
+        token_SX = _layer(layer, token_SX, num_sequence + num_globals + num_own)
+    token_SX = tower.final_norm(token_SX)
+    sequence, user_out, own_out = token_SX.split([num_sequence, num_globals, num_own])
+    item = torch.cat([candidate.embedding[name] for name in tower.item_names], dim=1) * scale
+    candidate_inputs = [*head_inputs, own_out.reshape(1, -1), *([item] if scale else [])]
+    user_inputs = [user_out.reshape(1, -1)]
+    if config.pooling == "globals+mean":
+        user_inputs.append(sequence.sum(0, keepdim=True) / max(num_sequence, 1))
+    if scale:
+        user_inputs += [user.user_embedding[name] * scale for name in tower.user_names]
+    user_inputs.append(user.dense_BF.to(token_SX.dtype))
+    head = tower.head
+    weight = torch.cat([head.candidate.weight, head.user.weight], dim=1)
+    hidden = torch.cat([*candidate_inputs, *user_inputs], dim=1) @ weight.T + head.candidate.bias
+    for linear in head.rest:
+        hidden = linear(torch.nn.functional.silu(hidden))
+    return hidden
+
+
+def _event_tokens(tower: LongerTower, user: UserSide) -> Tensor:
+    tokens = tower.tokens
+    events = []
+    num_events = user.age_T.numel()
+    for i in range(num_events):
+        parts = [user.event_embedding[name][i] for name in (*tokens.item_names, *tokens.event_names)]
+        bucket = int((tokens.get_buffer("age_boundary") <= float(user.age_T[i])).sum())
+        parts.append(tokens.age.weight[bucket])
+        events.append(tokens.rest(tokens.first(torch.cat(parts))) + tokens.position.weight[num_events - 1 - i])
+    return torch.stack(events) if events else tokens.position.weight[:0]
+
+
+def _candidate_token(tower: LongerTower, candidate: CandidateSide) -> Tensor:
+    tokens = tower.tokens
+    parts = [*(candidate.embedding[name][0] for name in tokens.item_names), tokens.absent]
+    slot = tokens.rest(tokens.first(torch.cat(parts)))
+    return (torch.cat([slot] * tokens.merge_size) + tokens.candidate_type).unsqueeze(0)
+
+
+def _layer(layer: CausalLayer, token_SX: Tensor, num_queries: int) -> Tensor:
+    """The last ``num_queries`` tokens through one pre-norm layer under the bottom-right causal mask."""
+    S, X = token_SX.shape
+    query_w, key_w, value_w = layer.qkv.weight.split(X)
+    normed_SX = layer.attention_norm(token_SX)
+    seen = torch.ones(num_queries, S, dtype=torch.bool).tril(S - num_queries)
+    heads = []
+    for head in range(layer.num_heads):
+        part = slice(head * layer.head_width, (head + 1) * layer.head_width)
+        query = normed_SX[S - num_queries:] @ query_w[part].T
+        score = query @ (normed_SX @ key_w[part].T).T / math.sqrt(layer.head_width)
+        heads.append(score.masked_fill(~seen, -math.inf).softmax(-1) @ (normed_SX @ value_w[part].T))
+    token_QX = token_SX[S - num_queries:] + layer.proj(torch.cat(heads, dim=1))
+    return token_QX + layer.down(torch.nn.functional.silu(layer.up(layer.ffn_norm(token_QX))))
+
+
+def _interaction(module: Interaction, user: UserSide, candidate: CandidateSide) -> Tensor:
+    raw, totals = statistics_ref(module, user, candidate)
+    hidden = describe(module.config, raw, totals).to(module.dtype)
+    hidden = torch.cat([hidden, *(candidate.embedding[name] for name in module.config.context)], dim=1)
+    for linear in module.linears:
+        hidden = torch.nn.functional.silu(linear(hidden))
+    return hidden
+
+
+def statistics_ref(module: Interaction, user: UserSide, candidate: CandidateSide) -> tuple[Tensor, Tensor]:
+    """Raw statistics (J x 1 x raw) and user totals (1 x 4) of one candidate, event by event."""
+    config = module.config
+    ages = [float(age) / config.unit_s for age in user.age_T]
+    times = sorted({int(age) for age in user.age_T})
+    baskets = [times.index(int(age)) for age in user.age_T]
+    positions = [len(ages) - 1 - i for i in range(len(ages))]
+    rows: list[list[float]] = []
+    for name in module.fields:
+        wanted = int(candidate.id[name][0])
+        hit = [i for i, value in enumerate(user.event_id[name].tolist()) if value == wanted and wanted > 0]
+        if not hit:
+            rows.append([0.0] * (6 + 2 * len(config.decays) + len(config.windows)))
+            continue
+        first_of_basket = [i for i in hit if not any(j < i and baskets[j] == baskets[i] for j in hit)]
+        rows.append([ages[hit[-1]], ages[hit[0]], baskets[hit[-1]], baskets[hit[0]], positions[hit[-1]],
+                     len(first_of_basket), *(sum(math.exp(-ages[i] / tau) for i in hit) for tau in config.decays),
+                     *(sum(positions[i] < window for i in hit) for window in config.windows),
+                     *(sum(math.exp(-ages[i] / tau) for i in first_of_basket) for tau in config.decays)])
+    totals = [len(ages), len(times), min(ages[-1], 60.0) if ages else 60.0, ages[0] if ages else 0.0]
+    return torch.tensor(rows, dtype=torch.float64).unsqueeze(1), torch.tensor([totals], dtype=torch.float64)

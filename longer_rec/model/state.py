@@ -1,0 +1,53 @@
+"""What ``encode`` leaves behind of a user: all that scoring candidates needs, and nothing that depends on one."""
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer, packed over requests: [merged events oldest to newest ; user globals] of each."""
+
+    key_SHE: Tensor
+    value_SHE: Tensor
+    length_B: Tensor
+
+
+@dataclass(frozen=True)
+class MatchRuns:
+    """Statistics of the events that share a feature value within a request: one row, a run, per distinct value.
+
+    Runs stand in order of (field, request, id). ``id``: int64 per run, ``length_JB``: runs of each field and request,
+    ``statistic``: runs x raw statistics, ``user_BF``: totals of each request.
+    """
+
+    id: Tensor
+    length_JB: Tensor
+    statistic: Tensor
+    user_BF: Tensor
+
+
+@dataclass(frozen=True)
+class UserState:
+    """``head_BF`` is the user's share of the head's first layer; the rest is empty where a tower has no use for it."""
+
+    head_BF: Tensor
+    layers: tuple[LayerCache, ...] = ()
+    matches: MatchRuns | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors held."""
+        return _num_bytes(self)
+
+
+def _num_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if is_dataclass(value):
+        return sum(_num_bytes(getattr(value, field.name)) for field in fields(value))
+    if isinstance(value, tuple):
+        return sum(_num_bytes(item) for item in value)
+    return 0

@@ -1,0 +1,86 @@
+"""From embeddings to tokens: events, candidates and the user's global tokens.
+
+An event token is project([item features ; event features ; age]) + position, its age the embedding of the
+log-bucketed time to the request, its position counted from the newest event. A candidate goes through the same
+projection, with learned vectors in place of what only an event has, is tiled over the K slots of a merged token and
+marked by a type vector: so the two lie in one space and attention can match them.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, concat_features
+from longer_rec.model.jagged import position_from_newest
+
+MAX_AGE_S = 10 * 365 * 86400
+
+
+def age_boundaries(num_buckets: int) -> Tensor:
+    """``num_buckets - 1`` lower ends of the buckets 1 .. in seconds, log-spaced from 1 s to 10 years (float64)."""
+    exponent = torch.arange(num_buckets - 1, dtype=torch.float64) / max(num_buckets - 2, 1)
+    return torch.exp(exponent * math.log(MAX_AGE_S))
+
+
+def age_bucket(age_T: Tensor, boundary: Tensor) -> Tensor:
+    """Bucket of each age: 0 below 1 s, the last from 10 years on."""
+    return torch.bucketize(age_T.to(boundary.dtype), boundary, right=True)
+
+
+class EventTokens(nn.Module):
+    """The projection that events and candidates share."""
+
+    def __init__(self, widths: InputWidths, width: int, merge_size: int, hidden: int, max_events: int,
+                 age_buckets: int, age_width: int) -> None:
+        super().__init__()
+        self.item_names, self.event_names = tuple(widths.item), tuple(widths.event)
+        self.item_width = sum(widths.item.values())
+        self.merge_size = merge_size
+        event_width = sum(widths.event.values())
+        self.age = nn.Embedding(age_buckets, age_width)
+        self.position = nn.Embedding(max_events, width)
+        self.absent = nn.Parameter(torch.randn(event_width + age_width) * 0.3)
+        self.candidate_type = nn.Parameter(torch.randn(merge_size * width) * 0.3)
+        self.first = nn.Linear(self.item_width + event_width + age_width, hidden or width)
+        self.rest = nn.Sequential(nn.SiLU(), nn.Linear(hidden, width)) if hidden else nn.Identity()
+        self.register_buffer("age_boundary", age_boundaries(age_buckets), persistent=False)
+        nn.init.normal_(self.age.weight, std=0.3)
+        nn.init.normal_(self.position.weight, std=0.02)
+
+    def events(self, user: UserSide) -> Tensor:
+        """T x D."""
+        parts = [user.event_embedding[name] for name in (*self.item_names, *self.event_names)]
+        parts.append(self.age(age_bucket(user.age_T, self.get_buffer("age_boundary"))))
+        position_T = position_from_newest(user.length_B, user.age_T.numel())
+        return self.rest(self.first(torch.cat(parts, dim=-1))) + self.position(position_T)
+
+    def candidates(self, candidates: CandidateSide) -> Tensor:
+        """C x X. The part of the projection that all candidates share is worked out once."""
+        weight = self.first.weight
+        shared = weight[:, self.item_width:] @ self.absent + self.first.bias
+        item = concat_features(candidates.embedding, self.item_names)
+        token_CD = self.rest(nn.functional.linear(item, weight[:, :self.item_width], shared))
+        return token_CD.repeat(1, self.merge_size) + self.candidate_type
+
+
+class UserGlobals(nn.Module):
+    """The user's global tokens, B x G x X: the user token, then the learned CLS tokens."""
+
+    def __init__(self, widths: InputWidths, merged_width: int, user_token: bool, num_cls_tokens: int) -> None:
+        super().__init__()
+        self.user_names = tuple(widths.user)
+        inputs = sum(widths.user.values()) + widths.num_dense + 1
+        self.project = nn.Linear(inputs, merged_width) if user_token else None
+        self.cls = nn.Parameter(torch.randn(num_cls_tokens, merged_width) * 0.3)
+        self.num_tokens = int(user_token) + num_cls_tokens
+
+    def forward(self, user: UserSide) -> Tensor:
+        tokens = []
+        if self.project is not None:
+            length = torch.log1p(user.length_B.to(self.cls.dtype)).unsqueeze(-1) / 7.0
+            dense = user.dense_BF.to(self.cls.dtype)
+            parts = [*(user.user_embedding[name] for name in self.user_names), dense, length]
+            tokens.append(self.project(torch.cat(parts, dim=-1)).unsqueeze(1))
+        tokens.append(self.cls.expand(user.length_B.numel(), -1, -1))
+        return torch.cat(tokens, dim=1)
