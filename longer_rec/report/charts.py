@@ -6,7 +6,7 @@ dark page. Text stays text, so it can be selected and scales with the page.
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import matplotlib
@@ -31,14 +31,14 @@ Floats = NDArray[np.float64]
 # A line of an SVG costs about 20 bytes a point, and a screen shows no more of them.
 _MOST_POINTS: Final = 600
 # Drawn at the width of a phone's screen and scaled up on wider ones: labels stay readable on both.
-_WIDTH: Final = 5.2
+_WIDTH: Final = 4.8
 _STYLE: Final[Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0,
     "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID, "axes.facecolor": "none",
     "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.grid": True,
     "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8, "xtick.color": MUTED,
     "ytick.color": MUTED, "ytick.left": False, "xtick.bottom": False, "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round", "legend.frameon": False, "legend.fontsize": 8.5, "figure.facecolor": "none",
+    "lines.solid_capstyle": "round", "figure.facecolor": "none",
 }
 
 
@@ -51,7 +51,8 @@ def draw(name: str, height: float, paint: Callable[[Axes], None]) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg"):]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # The style element is global: it would restyle everything else on the page.
+    svg = re.sub(r"<metadata>.*?</metadata>|<style\b.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
@@ -61,31 +62,36 @@ def draw(name: str, height: float, paint: Callable[[Axes], None]) -> str:
     return svg
 
 
-def curve(name: str, train: Sequence[tuple[float, float]], evaluated: Sequence[tuple[float, float]], label: str,
-          levels: Mapping[str, float] | None = None) -> str:
-    """A quantity over steps: training points with their moving mean, evaluations as dots, results as level lines."""
+def curve(name: str, train: Sequence[tuple[float, float]], evaluated: Sequence[tuple[float, float]],
+          levels: Sequence[float]) -> str:
+    """A quantity over steps: training points with their moving mean, evaluations as dots, results as level lines.
+
+    Series take colours 1, 2 and, for the levels, 3 and on; the page puts the legend where it has room.
+    """
     def paint(axes: Axes) -> None:
         if train:
             step, value = np.array(train, dtype=np.float64).T
-            _line_with_mean(axes, step, value, SERIES[0], f"training {label}")
+            _line_with_mean(axes, step, value, SERIES[0])
         if evaluated:
-            step, value = np.array(evaluated, dtype=np.float64).T
-            axes.plot(step, value, color=SERIES[1], marker="o", markersize=4, label=f"validation {label}")
-        for number, (title, level) in enumerate((levels or {}).items()):
-            axes.axhline(level, color=SERIES[(number + 2) % len(SERIES)], linestyle=(0, (4, 3)), linewidth=1.3,
-                         label=f"test: {title}")
+            axes.plot(*np.array(evaluated, dtype=np.float64).T, color=SERIES[1], marker="o", markersize=4)
+        for number, level in enumerate(levels):
+            axes.axhline(level, color=SERIES[level_colour(number) - 1], linestyle=(0, (4, 3)), linewidth=1.3)
         _steps_axis(axes)
         _focus(axes, [value for _, value in train])
-        axes.legend(loc="best")
 
-    return draw(name, 2.9, paint)
+    return draw(name, 2.7, paint)
+
+
+def level_colour(number: int) -> int:
+    """Number of the CSS colour, from 1, of a curve's level: the palette after those of training and validation."""
+    return 3 + number % (len(SERIES) - 2)
 
 
 def throughput(points: Sequence[tuple[float, float]], unit: str) -> str:
     """A rate over steps, from zero up."""
     def paint(axes: Axes) -> None:
         step, rate = np.array(points, dtype=np.float64).T
-        _line_with_mean(axes, step, rate, SERIES[2], unit)
+        _line_with_mean(axes, step, rate, SERIES[2])
         axes.set_ylim(bottom=0, top=rate.max() * 1.1 or 1.0)
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_ylabel(unit)
@@ -102,27 +108,27 @@ def histogram(edges: Sequence[float], counts: Sequence[float], max_events: int |
     def paint(axes: Axes) -> None:
         place = np.arange(len(counts))
         axes.bar(place + 0.5, counts, width=0.86, color=SERIES[0])
-        shown = _thin(len(edges), 9)
+        shown = _thin(len(edges), 12)
         axes.set_xticks(shown, [format_count(edges[index]) for index in shown])
         axes.set_xlabel("events before the request")
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         if max_events is not None and edges[0] < max_events < edges[-1]:
             at = float(np.interp(max_events, edges, np.arange(len(edges))))
             axes.axvline(at, color=SERIES[1], linestyle=(0, (4, 3)), linewidth=1.3)
-            axes.annotate(f" newest {format_count(max_events)} used ", (at, 1.0), xycoords=("data", "axes fraction"),
-                          va="top", ha="right" if at > len(counts) / 2 else "left", color=SERIES[1])
+            axes.annotate(f"newest {format_count(max_events)} are used", (at, 1.01), xycoords=("data", "axes fraction"),
+                          va="bottom", ha="right" if at > len(counts) / 2 else "left", color=SERIES[1])
 
     return draw("histogram", 2.6, paint)
 
 
-def rank_bytes(held: Mapping[str, Sequence[float]]) -> str:
-    """One bar a rank, stacked from the bytes of each table; tables beyond the palette share the last colour."""
-    num_ranks = len(next(iter(held.values())))
+def rank_bytes(held: Sequence[Sequence[float]]) -> str:
+    """One bar a rank, stacked from ``held[table][rank]``; tables beyond the palette share its last colour."""
+    num_ranks = len(held[0])
 
     def paint(axes: Axes) -> None:
         left = np.zeros(num_ranks)
-        for number, (table, sizes) in enumerate(held.items()):
-            axes.barh(np.arange(num_ranks), sizes, left=left, height=0.62, label=table,
+        for number, sizes in enumerate(held):
+            axes.barh(np.arange(num_ranks), sizes, left=left, height=0.62,
                       color=SERIES[min(number, len(SERIES) - 1)], edgecolor=PAPER, linewidth=1)
             left += np.array(sizes, dtype=np.float64)
         for rank, total in enumerate(left):
@@ -148,17 +154,18 @@ def moving_mean(values: Floats) -> Floats:
     return smoothed
 
 
-def _line_with_mean(axes: Axes, step: Floats, value: Floats, colour: str, label: str) -> None:
+def _line_with_mean(axes: Axes, step: Floats, value: Floats, colour: str) -> None:
     kept = _thin(len(step), _MOST_POINTS)
     axes.plot(step[kept], value[kept], color=colour, alpha=0.25, linewidth=1)
-    axes.plot(step[kept], moving_mean(value)[kept], color=colour, label=label)
+    axes.plot(step[kept], moving_mean(value)[kept], color=colour)
 
 
 def _steps_axis(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: format_count(step)))
     axes.set_xlabel("step")
-    axes.margins(x=0.01)
+    axes.margins(x=0.02)
+    axes.set_xlim(left=0)
 
 
 def _focus(axes: Axes, values: Sequence[float]) -> None:

@@ -60,10 +60,12 @@ def headline(files: RunFiles) -> Section:
     if train:
         tiles.append(("training time", format_duration(train[-1].get("elapsed_s", 0.0))))
         tiles.append(("steps", format_count(train[-1]["step"])))
+    if _points(train, "requests_per_s"):
+        tiles.append(("requests/s", format_count(round(_mean(train, "requests_per_s")))))
     run, version = files.run, _version_of(files.run, "longer_rec")
     ranks = run.get("world_size") or run.get("num_workers")
     origin = [
-        str(run.get("started", ""))[:16].replace("T", " "),
+        str(run.get("started", ""))[:16].replace("T", " ") + " UTC" * str(run.get("started")).endswith("+00:00"),
         f"{ranks} rank{'s' if ranks != 1 else ''}" if ranks else "",
         f"longer_rec {version}" if version else "",
         f"commit {run['git_commit'][:10]}" if run.get("git_commit") else "",
@@ -94,17 +96,23 @@ def results(files: RunFiles) -> Section | None:
     }
 
 
-def curves(files: RunFiles) -> list[tuple[str, Markup]]:
-    """(caption, drawing) of loss and of AUC over steps; empty when nothing was logged."""
+def curves(files: RunFiles) -> list[Section]:
+    """Loss and AUC over steps, each with its legend; empty when nothing was logged."""
     train, validation = files.split("train"), files.split("validation")
     drawn = []
-    if train or validation:
-        drawn.append(("Loss over steps, in nats per candidate", Markup(charts.curve(  # noqa: S704 - our own SVG
-            "loss", _points(train, "loss"), _points(validation, "logloss"), "loss",
-            _levels(files.results, "logloss")))))
-    if validation:
-        drawn.append(("AUC over steps", Markup(charts.curve(  # noqa: S704
-            "auc", [], _points(validation, "auc"), "AUC", _levels(files.results, "auc")))))
+    for name, caption, trained, evaluated in (
+        ("loss", "Loss over steps, in nats a candidate", _points(train, "loss"), _points(validation, "logloss")),
+        ("auc", "AUC over steps", [], _points(validation, "auc")),
+    ):
+        if not trained and not evaluated:
+            continue
+        metric = "logloss" if name == "loss" else name
+        levels = [(str(row.get("name", MISSING)), row[metric]) for row in files.results if is_number(row.get(metric))]
+        legend = [(1, "line", "training")] * bool(trained) + [(2, "line", "validation")] * bool(evaluated)
+        legend += [(charts.level_colour(number), "dash", f"test: {model} {format_metric(metric, level)}")
+                   for number, (model, level) in enumerate(levels)]
+        chart = charts.curve(name, trained, evaluated, [level for _, level in levels])
+        drawn.append({"caption": caption, "legend": legend, "chart": Markup(chart)})  # noqa: S704 - our own SVG
     return drawn
 
 
@@ -122,8 +130,8 @@ def speed(files: RunFiles) -> Section | None:
         "chart": Markup(charts.throughput(rates, "requests/s")),  # noqa: S704
         "means": [(unit, format_count(_mean(train, f"{unit}_per_s")))
                   for unit in ("requests", "candidates", "events") if _points(train, f"{unit}_per_s")],
-        "step_ms": f"{1000 * total / num_steps:.3g}" if total and num_steps else None,
-        "parts": [{"name": name, "share": value / total, "ms": f"{1000 * value / num_steps:.3g}"}
+        "step_ms": f"{1000 * total / num_steps:.1f}" if total else None,
+        "parts": [{"name": name, "share": value / total, "ms": f"{1000 * value / num_steps:.1f}"}
                   for name, value in seconds.items() if value >= 0.0005 * total] if total else [],
     }
 
@@ -153,22 +161,22 @@ def plan(files: RunFiles) -> Section | None:
     if not files.plan.get("tables"):
         return None
     tables, num_ranks = sorted(files.plan["tables"], key=lambda table: -_table_bytes(table)), files.plan["world_size"]
-    # A table may stand in two modules of a model: number, not name, tells them apart in the drawing.
-    held = {f"{number} {table['table']}": _bytes_on_ranks(table, num_ranks) for number, table in enumerate(tables)}
+    held = [_bytes_on_ranks(table, num_ranks) for table in tables]
     return {
         "rows": [{"colour": min(number, len(charts.SERIES) - 1) + 1, "table": table["table"],
                   "rows": format_count(table["rows"]), "dim": table["dim"], "sharding": table["sharding_type"],
                   "kernel": table.get("kernel", MISSING), "ranks": _span(table["ranks"]),
                   "weights": format_bytes(table["weight_bytes"]), "optimizer": format_bytes(table["optimizer_bytes"])}
                  for number, table in enumerate(tables)],
-        "total": format_bytes(sum(map(sum, held.values()))), "num_ranks": num_ranks,
+        "total": format_bytes(sum(map(sum, held))), "num_ranks": num_ranks,
         "chart": Markup(charts.rank_bytes(held)),  # noqa: S704
     }
 
 
 def title(key: str) -> str:
-    """A key as a reader says it: ``num_oov_items`` becomes "Oov items", units leave the name."""
+    """A key as a reader says it: ``num_oov_items`` becomes "OOV items", units leave the name."""
     words = re.sub(r"^num_|_(bytes|s|seconds)$", "", key).replace("_", " ").strip()
+    words = re.sub(r"\b(oov|omp|gpu)(?=s?\b)", lambda match: match[0].upper(), words)
     return words[:1].upper() + words[1:]
 
 
@@ -186,7 +194,7 @@ def fact(key: str, value: Any) -> str:
         return format_bytes(value)
     if key.endswith(("_s", "seconds")):
         return format_duration(value)
-    if isinstance(value, float) and 0 < abs(value) < 1:
+    if key.endswith("rate") or (isinstance(value, float) and 0 < abs(value) < 1):
         return f"{value:.2%}"
     return format_count(value)
 
@@ -220,10 +228,6 @@ def _mean(lines: Iterable[Line], key: str) -> float:
     return sum(values) / len(values)
 
 
-def _levels(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:
-    return {row.get("name", MISSING): row[metric] for row in rows if is_number(row.get(metric))}
-
-
 def _durations(lines: Sequence[Line]) -> list[float]:
     """Seconds of each training line: ``elapsed_s`` runs over training and evaluation alike, line after line."""
     timed = [{"split": "", "elapsed_s": 0.0}, *(line for line in lines if is_number(line.get("elapsed_s")))]
@@ -239,7 +243,7 @@ def _split_rows(key: str, value: Mapping[str, Any]) -> Iterable[tuple[str, dict[
     names = dict.fromkeys(name for part in value.values() for name in part)
     for name in names:
         yield (f"{title(key)}: {name.replace('_', ' ')}",
-               {split: fact(name, part.get(name)) for split, part in value.items()})
+               {split: fact(key, part.get(name)) for split, part in value.items()})
 
 
 def _histogram(counted: Mapping[str, Any] | None, config: Mapping[str, Any]) -> Markup | None:

@@ -31,8 +31,8 @@ def format_count(value: float) -> str:
 
 def format_bytes(num_bytes: float) -> str:
     """Binary units with three significant digits: 512 B, 1.5 KiB, 20.3 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(num_bytes) < 1000 or unit == "TiB":
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        if abs(num_bytes) < 1000 or unit == "PiB":
             break
         num_bytes /= 1024
     return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
