@@ -1,0 +1,171 @@
+"""Raw values to rows of embedding tables: the one function that preparing a log and serving a request share.
+
+Row 0 is what a table does not know: unseen in the training period, null, and for numbers NaN. A value of the wrong
+type is a fault of the caller, not an unknown value.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from longer_rec.data.files import naming_file
+from longer_rec.data.hashing import hash_values
+from longer_rec.data.order import I64
+from longer_rec.data.store import read_frame
+from longer_rec.errors import DataError
+
+_HASH_SEED = 11
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The values of the training period, sorted; the i-th has row i + 1."""
+
+    values: pl.Series
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.values) + 1
+
+    def encode(self, raw: pl.Series, what: str) -> I64:
+        raw = as_ids(raw, what)
+        if raw.dtype != self.values.dtype and raw.null_count() < len(raw):
+            raise DataError(f"{what}: values are {raw.dtype}, the data was prepared with {self.values.dtype}; "
+                            "convert them")
+        if len(self.values) == 0 or raw.null_count() == len(raw):
+            return np.zeros(len(raw), np.int64)
+        filled = raw.fill_null(self.values[0])
+        at = np.minimum(_search(self.values, filled), len(self.values) - 1)
+        hit = (self.values.gather(pl.Series(at)) == filled).to_numpy() & raw.is_not_null().to_numpy()
+        return np.where(hit, at + 1, 0)
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """A stable hash into rows 1 ... num_buckets."""
+
+    num_buckets: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_buckets + 1
+
+    def encode(self, raw: pl.Series, what: str) -> I64:
+        raw = as_ids(raw, what)
+        bucket = (hash_values(raw, _HASH_SEED) % np.uint64(self.num_buckets)).astype(np.int64) + 1
+        return np.where(raw.is_not_null().to_numpy(), bucket, 0)
+
+
+@dataclass(frozen=True)
+class Bucketed:
+    """Intervals between rising boundaries: row 1 below the first, row n + 1 from the last on."""
+
+    boundaries: tuple[float, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.boundaries) + 2
+
+    def encode(self, raw: pl.Series, what: str) -> I64:
+        value = as_numbers(raw, what)
+        bucket = np.searchsorted(np.asarray(self.boundaries), value, "right") + 1
+        return np.where(np.isnan(value), 0, bucket)
+
+
+Encoder = Vocabulary | Hashed | Bucketed
+
+
+def as_ids(raw: pl.Series, what: str) -> pl.Series:
+    """Integers as Int64 or text as String; ``DataError`` for anything else."""
+    if raw.dtype == pl.Null:
+        return raw.cast(pl.Int64)
+    if raw.dtype.is_integer():
+        wide = raw.cast(pl.Int64, strict=False)
+        if wide.null_count() > raw.null_count():
+            raise DataError(f"{what}: {raw.max()} exceeds 2^63 - 1; use text for such ids")
+        return wide
+    if raw.dtype == pl.Boolean:
+        return raw.cast(pl.Int64)
+    if raw.dtype in (pl.String, pl.Categorical, pl.Enum):
+        return raw.cast(pl.String)
+    raise DataError(f"{what}: ids are integers or text, these are {raw.dtype}; convert the column")
+
+
+def as_numbers(raw: pl.Series, what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Float64 values with NaN for null; ``DataError`` for what is no number."""
+    if not (raw.dtype.is_numeric() or raw.dtype in (pl.Boolean, pl.Null)):
+        raise DataError(f"{what}: numbers are needed, these are {raw.dtype}; convert the column")
+    return raw.cast(pl.Float64).fill_null(float("nan")).to_numpy()
+
+
+def as_lists(raw: pl.Series, separator: str, what: str) -> pl.Series:
+    """A list of values per row: lists as they are, text split at the separator; null and "" are empty."""
+    if raw.dtype == pl.Null:
+        return pl.Series(raw.name, [[]] * len(raw), pl.List(pl.String))
+    if raw.dtype in (pl.String, pl.Categorical, pl.Enum):
+        split = raw.cast(pl.String).fill_null("").str.split(separator)
+        return split.list.eval(pl.element().filter(pl.element() != ""))
+    if isinstance(raw.dtype, pl.List):
+        return raw.fill_null([]).list.drop_nulls()
+    raise DataError(f"{what}: lists, or text split at {separator!r}, are needed, these are {raw.dtype}")
+
+
+def encode_lists(encoder: Encoder, lists: pl.Series, what: str) -> tuple[I64, I64]:
+    """(packed ids, number of them per row) of a series of lists."""
+    length = lists.list.len().cast(pl.Int64).to_numpy()
+    values = lists.explode(empty_as_null=False, keep_nulls=False) if len(lists) else lists.list.get(0)
+    return encoder.encode(values, what), length
+
+
+def _search(values: pl.Series, wanted: pl.Series) -> I64:
+    if values.dtype == pl.Int64:
+        return np.searchsorted(values.to_numpy(), wanted.to_numpy()).astype(np.int64)
+    return values.search_sorted(wanted).to_numpy().astype(np.int64)
+
+
+def build_vocabulary(values: pl.Series) -> Vocabulary:
+    """The vocabulary of the distinct values, nulls left out."""
+    return Vocabulary(values.drop_nulls().unique().sort())
+
+
+def save_encoders(encoders: dict[str, Encoder], directory: Path) -> None:
+    """``encoders.json`` and one Arrow file per vocabulary."""
+    described: dict[str, dict[str, Any]] = {}
+    for name, encoder in encoders.items():
+        if isinstance(encoder, Vocabulary):
+            described[name] = {"type": "id", "file": f"vocabulary.{name}.arrow"}
+            pl.DataFrame({"value": encoder.values}).write_ipc(directory / f"vocabulary.{name}.arrow")
+        elif isinstance(encoder, Hashed):
+            described[name] = {"type": "hashed", "num_buckets": encoder.num_buckets}
+        else:
+            described[name] = {"type": "bucketed", "boundaries": list(encoder.boundaries)}
+    (directory / "encoders.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+def load_encoders(directory: Path) -> dict[str, Encoder]:
+    """What ``save_encoders`` wrote; ``DataError`` when it is missing or damaged."""
+    encoders: dict[str, Encoder] = {}
+    with naming_file(directory / "encoders.json"):
+        described = json.loads((directory / "encoders.json").read_text(encoding="utf-8"))
+    for name, entry in described.items():
+        if entry["type"] == "id":
+            encoders[name] = Vocabulary(read_frame(directory / entry["file"])["value"])
+        elif entry["type"] == "hashed":
+            encoders[name] = Hashed(entry["num_buckets"])
+        else:
+            encoders[name] = Bucketed(tuple(entry["boundaries"]))
+    return encoders
+
+
+def encode_values(encoder: Encoder, raw: Sequence[Any], what: str) -> I64:
+    """Rows of plain Python values, as a request carries them; ``DataError`` for mixed or wrong types."""
+    try:
+        series = pl.Series(what, list(raw), strict=True)
+    except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"{what}: values of one type are needed: {' '.join(str(error).split())[:120]}") from None
+    return encoder.encode(series, what)

@@ -1,0 +1,101 @@
+"""From a described log to a prepared dataset: history store, request index, encoders, schema and manifest.
+
+Four passes, of which the first alone sees the log: spill it in partitions of users; sort each partition; count the
+training period; encode and write. Memory holds one partition and the vocabularies, never the log.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from longer_rec.data.datasets import load_source
+from longer_rec.data.history import SPLITS, Cuts, TimeHistogram, view_partition
+from longer_rec.data.manifest import MANIFEST, read_manifest, settings_hash, write_manifest
+from longer_rec.data.sources import LogSource
+from longer_rec.data.spill import Spill, spill_log
+from longer_rec.data.statistics import TrainingCounts
+from longer_rec.data.tables import write_tables
+from longer_rec.data.writer import write_store
+from longer_rec.errors import ConfigError, DataError
+
+_PARTITION_ROWS = 1 << 20
+_MAX_PARTITIONS = 512
+
+
+def prepare(source: str, out: Path, *, overrides: Sequence[str] = ()) -> Path:
+    """Prepare a built-in log or the one that a YAML file describes; returns ``out``.
+
+    An ``out`` made from the same settings and files is left as it is. ``ConfigError`` or ``DataError`` otherwise,
+    and for every fault of the description or the log; nothing half-written stays behind.
+    """
+    log = load_source(source, overrides)
+    inputs = log.input_hashes()
+    key = settings_hash(log, inputs)
+    if _is_prepared(out, key):
+        return out
+    with _building(out) as directory:
+        spill_directory = directory / "spill"
+        spill_directory.mkdir()
+        spill = spill_log(log, spill_directory, _num_partitions(log))
+        cuts = _sort_and_cut(spill, log)
+        counts = _count_training(spill, log, cuts)
+        tables = write_tables(log, counts, directory)
+        report = write_store(log, spill, cuts, tables, directory)
+        shutil.rmtree(spill_directory)
+        write_manifest(directory, log, key, inputs, tables, report)
+    return out
+
+
+def _is_prepared(out: Path, key: str) -> bool:
+    if not out.exists():
+        return False
+    if out.is_dir() and not any(out.iterdir()):
+        return False
+    if not (out / MANIFEST).is_file():
+        raise ConfigError(f"{out} exists and is no prepared dataset; choose another --out or remove it")
+    if read_manifest(out)["settings_hash"] != key:
+        raise ConfigError(f"{out} was prepared from other settings or files; choose another --out or remove it")
+    return True
+
+
+@contextmanager
+def _building(out: Path) -> Iterator[Path]:
+    """``out.tmp``, which becomes ``out`` at the end and goes away on any error, an interrupt included."""
+    directory = out.with_name(out.name + ".tmp")
+    shutil.rmtree(directory, ignore_errors=True)  # left by a killed process
+    try:
+        directory.mkdir(parents=True)
+        yield directory
+        if out.exists():
+            out.rmdir()
+        directory.rename(out)
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error}; free space or choose another --out") from None
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _num_partitions(log: LogSource) -> int:
+    """A power of two that leaves about 2^20 rows in a partition."""
+    rows = log.estimated_rows()
+    return min(1 << max(math.ceil(math.log2(max(rows, 1) / _PARTITION_ROWS)), 0), _MAX_PARTITIONS)
+
+
+def _sort_and_cut(spill: Spill, log: LogSource) -> Cuts:
+    histogram = TimeHistogram(spill.counts.first_time, spill.counts.last_time)
+    for frame in spill.sort(log.config):
+        histogram.add(view_partition(frame, log.config))
+    cuts = histogram.cuts(log.config.split)
+    return cuts if log.config.split.kind == "global_time" else Cuts(log.config.split)
+
+
+def _count_training(spill: Spill, log: LogSource, cuts: Cuts) -> TrainingCounts:
+    counts = TrainingCounts(log.config)
+    for frame in spill.frames():
+        part = view_partition(frame, log.config)
+        counts.add(part, cuts.split_of(part, np.arange(len(frame))) == SPLITS.index("train"))
+    return counts
