@@ -33,6 +33,7 @@ class RequestBatch:
     history_time_T: Tensor
     history_length_B: Tensor
     candidates: dict[str, Tensor]
+    candidate_dense_CF: Tensor
     num_candidates_B: Tensor
     label_CY: Tensor
     users: dict[str, Tensor]
@@ -99,7 +100,10 @@ def validate_batch(batch: RequestBatch, schema: Schema) -> None:
             raise DataError(f"user feature {feature.name!r} must have exactly one value in each request")
     _check_ids("user", batch.users, schema.user_features, schema, None)
     _check_times(batch)
-    for name, value in (("labels", batch.label_CY), ("dense user features", batch.user_dense_BF)):
+    _check_dense("candidate", batch.candidate_dense_CF, batch.num_candidates, len(schema.item_dense))
+    _check_dense("user", batch.user_dense_BF, batch.num_requests, len(schema.user_dense))
+    for name, value in (("labels", batch.label_CY), ("dense candidate features", batch.candidate_dense_CF),
+                        ("dense user features", batch.user_dense_BF)):
         if not bool(torch.isfinite(value).all()):
             raise DataError(f"{name} hold NaN or infinity; clean the log and prepare it again")
 
@@ -127,6 +131,11 @@ def _check_ids(what: str, ids: Mapping[str, Tensor], features: Iterable[Feature]
         if low < 0 or high >= bound:
             raise DataError(f"{what} feature {feature.name!r}: id {low if low < 0 else high} is outside "
                             f"[0, {bound}) of table {feature.table!r}; encode it first (row 0 is out-of-vocabulary)")
+
+
+def _check_dense(what: str, value: Tensor, num_rows: int, num_columns: int) -> None:
+    if value.shape != (num_rows, num_columns):
+        raise DataError(f"dense {what} features have shape {tuple(value.shape)}; ({num_rows}, {num_columns}) is needed")
 
 
 def _check_times(batch: RequestBatch) -> None:

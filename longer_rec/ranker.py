@@ -58,5 +58,6 @@ class Ranker(nn.Module):
         return CandidateSide(
             embedding={feature.name: lookup[f"candidates.{feature.name}"] for feature in self.schema.item_features},
             id=batch.candidates,
+            dense_CF=batch.candidate_dense_CF,
             length_B=batch.num_candidates_B,
         )

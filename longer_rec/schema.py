@@ -38,13 +38,15 @@ class Schema(Config):
 
     ``item_features`` describe an item, so events and candidates both carry them (the first is the item id itself);
     ``event_features`` describe the action and exist in the history alone; ``user_features`` may be multi-valued,
-    which makes them pooled. ``tasks`` names the label columns.
+    which makes them pooled. ``item_dense`` and ``user_dense`` are numbers of an item (candidates carry them) and of a
+    user. ``tasks`` names the label columns.
     """
 
     tables: tuple[Table, ...]
     item_features: tuple[Feature, ...] = pydantic.Field(min_length=1)
     event_features: tuple[Feature, ...] = ()
     user_features: tuple[Feature, ...] = ()
+    item_dense: tuple[str, ...] = ()
     user_dense: tuple[str, ...] = ()
     tasks: tuple[str, ...] = pydantic.Field(min_length=1)
 

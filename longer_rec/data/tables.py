@@ -121,7 +121,11 @@ def _as_list_series(ids: I64, length: I64) -> pl.Series:
     return pl.Series(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids.astype(np.int32))))
 
 
+def _is_ids(name: str, column: Any) -> bool:
+    return isinstance(column, np.ndarray) and column.dtype.kind == "i" and name != "count"
+
+
 def _write_frame(columns: dict[str, Any], path: Path) -> None:
-    narrow = {name: column.astype(np.int32) if name != "count" and np.issubdtype(getattr(column, "dtype", float), np.integer) else column
-              for name, column in columns.items()}
+    """Arrays of ids as int32; counts, dense features and raw values as they are."""
+    narrow = {name: column.astype(np.int32) if _is_ids(name, column) else column for name, column in columns.items()}
     pl.DataFrame(narrow).write_ipc(path, compression="uncompressed", compat_level=pl.CompatLevel.oldest())

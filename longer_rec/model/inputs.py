@@ -19,6 +19,7 @@ class InputWidths:
     event: dict[str, int]
     user: dict[str, int]
     num_dense: int
+    num_item_dense: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,12 @@ class UserSide:
 
 @dataclass(frozen=True)
 class CandidateSide:
-    """C candidates packed over requests: feature -> C x E, feature -> C (int64), candidates of each request."""
+    """C candidates packed over requests: feature -> C x E, feature -> C (int64), dense features, and the number of
+    candidates of each request."""
 
     embedding: dict[str, Tensor]
     id: dict[str, Tensor]
+    dense_CF: Tensor
     length_B: Tensor
 
 

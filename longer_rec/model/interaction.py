@@ -144,7 +144,7 @@ USER_SCALE = (1.0, 1.0, 0.5, 1.0)
 
 
 class Interaction(nn.Module):
-    """Statistics and the context's embeddings -> MLP, C x its last hidden width."""
+    """Statistics, the context's embeddings and the dense features -> MLP, C x its last hidden width."""
 
     def __init__(self, config: InteractionConfig, fields: tuple[str, ...], context_width: int) -> None:
         super().__init__()
@@ -161,10 +161,16 @@ class Interaction(nn.Module):
         with torch.no_grad():
             return group_matches(self.config, self.fields, user, self.dtype)
 
+    def context(self, candidates: CandidateSide) -> list[Tensor]:
+        """What the statistics are read against, such as how popular the item is: a popular item that was never
+        bought says more than a rare one."""
+        dense_CF = candidates.dense_CF.to(self.dtype)
+        return [*(candidates.embedding[name] for name in self.config.context), dense_CF]
+
     def score(self, runs: MatchRuns, candidates: CandidateSide) -> Tensor:
         with torch.no_grad():
             hidden = candidate_statistics(self.config, self.fields, runs, candidates)
-        hidden = torch.cat([hidden, *(candidates.embedding[name] for name in self.config.context)], dim=1)
+        hidden = torch.cat([hidden, *self.context(candidates)], dim=1)
         for i, linear in enumerate(self.linears):
             hidden = F.dropout(hidden, self.config.dropout, self.training) if i else hidden
             hidden = F.silu(linear(hidden))

@@ -83,7 +83,7 @@ class LongerTower(nn.Module):
         if config.interaction is not None and config.interaction.token:
             self.interaction_token = nn.Linear(interaction_width, X)
         has_ids = config.head.id_scale > 0
-        candidate_width = config.num_candidate_tokens * X + has_ids * sum(widths.item.values())
+        candidate_width = config.num_candidate_tokens * X + has_ids * sum(widths.item.values()) + widths.num_item_dense
         if config.interaction is not None and config.interaction.to_head:
             candidate_width += interaction_width
         user_width = (self.globals.num_tokens + (config.pooling == "globals+mean")) * X
@@ -132,6 +132,7 @@ class LongerTower(nn.Module):
             token_CGX = layer.score(token_CGX, cache, candidates.length_B)
         parts.append(self.final_norm(token_CGX).flatten(1))
         parts += scaled_inputs(candidates.embedding, self.item_names, self.config.head.id_scale)
+        parts.append(candidates.dense_CF.to(token_CX.dtype))
         request_C = request_of(candidates.length_B, num_candidates)
         return self.head(torch.cat(parts, dim=1), state.head_BF, request_C)
 
@@ -170,7 +171,8 @@ def build_interaction(config: InteractionConfig | None, widths: InputWidths) -> 
         if name not in widths.item:
             raise ConfigError(f"tower.interaction names the item feature {name!r}; known are {', '.join(widths.item)}")
     fields = config.fields or tuple(widths.item)
-    return Interaction(config, fields, sum(widths.item[name] for name in config.context)), config.hidden[-1]
+    context_width = sum(widths.item[name] for name in config.context) + widths.num_item_dense
+    return Interaction(config, fields, context_width), config.hidden[-1]
 
 
 def _check(config: TowerConfig, widths: InputWidths) -> None:

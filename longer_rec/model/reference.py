@@ -41,8 +41,9 @@ def one_request(user: UserSide, request: int, max_events: int) -> UserSide:
 
 def one_candidate(candidates: CandidateSide, row: int) -> CandidateSide:
     """Candidate ``row`` alone in a request."""
-    return replace(candidates, embedding={name: value[row:row + 1] for name, value in candidates.embedding.items()},
-                   id={name: value[row:row + 1] for name, value in candidates.id.items()}, length_B=torch.tensor([1]))
+    return replace(candidates, dense_CF=candidates.dense_CF[row:row + 1], embedding={name: value[row:row + 1] for name, value in candidates.embedding.items()},
+                   id={name: value[row:row + 1] for name, value in candidates.id.items()},
+                   length_B=torch.tensor([1]))
 
 
 def _one_candidate(tower: LongerTower, user: UserSide, candidate: CandidateSide) -> Tensor:
@@ -65,7 +66,8 @@ def _one_candidate(tower: LongerTower, user: UserSide, candidate: CandidateSide)
     token_SX = tower.final_norm(token_SX)
     sequence, user_out, own_out = token_SX.split([num_sequence, num_globals, num_own])
     item = torch.cat([candidate.embedding[name] for name in tower.item_names], dim=1) * scale
-    candidate_inputs = [*head_inputs, own_out.reshape(1, -1), *([item] if scale else [])]
+    candidate_inputs = [*head_inputs, own_out.reshape(1, -1), *([item] if scale else []),
+                        candidate.dense_CF.to(token_SX.dtype)]
     user_inputs = [user_out.reshape(1, -1)]
     if config.pooling == "globals+mean":
         user_inputs.append(sequence.sum(0, keepdim=True) / max(num_sequence, 1))
@@ -118,7 +120,8 @@ def _layer(layer: CausalLayer, token_SX: Tensor, num_queries: int) -> Tensor:
 def _interaction(module: Interaction, user: UserSide, candidate: CandidateSide) -> Tensor:
     raw, totals = statistics_ref(module, user, candidate)
     hidden = describe(module.config, raw, totals).to(module.dtype)
-    hidden = torch.cat([hidden, *(candidate.embedding[name] for name in module.config.context)], dim=1)
+    hidden = torch.cat([hidden, *(candidate.embedding[name] for name in module.config.context),
+                        candidate.dense_CF.to(module.dtype)], dim=1)
     for linear in module.linears:
         hidden = torch.nn.functional.silu(linear(hidden))
     return hidden

@@ -35,7 +35,7 @@ class World:
 def joined_world(timeout_s: float = 120.0) -> Iterator[World]:
     """Join the processes that torchrun started, or be the only one; leave the group at the end.
 
-    Every process group gets ``timeout_s``: gloo's own default of 30 minutes turns a dead rank into a hang.
+    A group that the caller has joined already is used and left open. Every process group gets ``timeout_s``: gloo's own default of 30 minutes turns a dead rank into a hang.
     """
     rank, size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     local_rank, local_size = _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", 1)
@@ -43,6 +43,9 @@ def joined_world(timeout_s: float = 120.0) -> Iterator[World]:
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
+        return
     rendezvous = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
     dist.init_process_group("cuda:nccl,cpu:gloo" if use_cuda else "gloo", rank=rank, world_size=size,
                             timeout=datetime.timedelta(seconds=timeout_s), **rendezvous)
@@ -81,3 +84,21 @@ def on_main(world: World, function: Callable[[], ResultT]) -> ResultT:
     if isinstance(fault, LongerRecError):
         raise fault
     return result  # type: ignore[return-value]
+
+
+def on_all(world: World, function: Callable[[], ResultT]) -> ResultT:
+    """What ``function`` returns here; when it raises a fault on any rank, every rank raises the first one.
+
+    Without this a fault of one host, such as its damaged copy of the data, leaves the others waiting in vain.
+    """
+    fault: LongerRecError | None = None
+    try:
+        result = function()
+    except LongerRecError as error:
+        fault = error
+    faults: list[LongerRecError | None] = [None] * world.size
+    dist.all_gather_object(faults, fault)
+    for raised in faults:
+        if raised is not None:
+            raise raised
+    return result

@@ -9,12 +9,19 @@ from longer_rec.config import Config, apply_overrides, build_config
 from longer_rec.data.loader import DataConfig
 from longer_rec.elastic.assignment import ElasticConfig
 from longer_rec.model.tower import AnyTowerConfig
-from longer_rec.sparse.optimizers import DenseOptimizerConfig, ScheduleConfig
+from longer_rec.sparse.optimizers import DenseOptimizerConfig
 from longer_rec.sparse.tables import SparseConfig
 from longer_rec.train.precision import Precision
 
 # Keys that may differ when a run directory is resumed: they move the run, they do not change the model.
 _LOCATION_KEYS = ("name", "run_dir", "data.dir", "data.loader_processes", "data.prefetch_batches")
+
+
+class ScheduleConfig(Config):
+    """Linear warm-up, then half a cosine down to ``final_factor``, for dense and sparse learning rates alike."""
+
+    warmup_steps: int = pydantic.Field(50, ge=0)
+    final_factor: float = pydantic.Field(0.02, ge=0, le=1)
 
 
 class TrainConfig(Config):

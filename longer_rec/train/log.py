@@ -1,6 +1,7 @@
 """What a run writes down while it goes: metrics.jsonl and TensorBoard, on rank 0."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -27,8 +28,11 @@ class RunLog:
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, split: str, step: int, values: Mapping[str, Value]) -> None:
-        self._file.write(json.dumps({"split": split, "step": step, **values}) + "\n")
-        for name, value in values.items():
+        # JSON has no NaN: a metric that is not defined, such as the AUC of one class, is null.
+        finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for name, value in values.items()}
+        self._file.write(json.dumps({"split": split, "step": step, **finite}, allow_nan=False) + "\n")
+        for name, value in finite.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{split}/{name}", value, step)
 

@@ -1,6 +1,7 @@
 """One run from its configuration to its results: what `longer-rec train` and `longer-rec eval` do."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from longer_rec.config import load_config
 from longer_rec.data.history import Dataset, open_dataset
 from longer_rec.elastic.assignment import resolve_num_workers
 from longer_rec.report.html import write_report
+from longer_rec.report.terminal import plan_table
 from longer_rec.runtime.determinism import make_deterministic
-from longer_rec.runtime.distributed import World, joined_world, on_main
+from longer_rec.runtime.distributed import World, joined_world, on_all, on_main
+from longer_rec.sparse.planfile import describe_plan, save_plan
 from longer_rec.train.job import Job, baseline_jobs
 from longer_rec.train.log import RunLog
 from longer_rec.train.parallelize import parallelize
@@ -28,7 +31,7 @@ def train(job: Job) -> list[Row] | None:
     """
     make_deterministic()
     with joined_world(job.train.timeout_s) as world:
-        dataset = open_dataset(job.data.dir, verify=world.local_rank == 0)
+        dataset = _open_data(job, world)
         rows = [_train_one(each, dataset, world) for each in [job, *baseline_jobs(job).values()]]
         if not world.is_main:
             return None
@@ -41,15 +44,15 @@ def _train_one(job: Job, dataset: Dataset, world: World) -> Row:
     num_workers = resolve_num_workers(job.elastic, world.size)
     on_main(world, lambda: open_run_dir(job, dataset, num_workers))
     trainer = _build_trainer(job, dataset, world, num_workers)
-    checkpoints = _checkpoints(job, trainer)
     if world.is_main:
-        with RunLog(job.run_dir, trainer.step) as log:
-            trainer.fit(checkpoints, log)
-            metrics = trainer.evaluate("test")
-            log.write("test", trainer.step, {**metrics, "elapsed_s": trainer.elapsed_s})
-    else:
-        trainer.fit(checkpoints, None)
+        plan_table(describe_plan(trainer.parallel.plan))
+        save_plan(trainer.parallel.plan, job.run_dir / "plan.json")
+    checkpoints = _checkpoints(job, trainer)
+    with RunLog(job.run_dir, trainer.step) if world.is_main else nullcontext() as log:
+        trainer.fit(checkpoints, log)
         metrics = trainer.evaluate("test")
+        if log is not None:
+            log.write("test", trainer.step, {**metrics, "elapsed_s": trainer.elapsed_s})
     return {"name": job.name, "max_events": job.data.max_events, **metrics, "steps": trainer.step,
             "train_s": trainer.elapsed_s}
 
@@ -60,14 +63,20 @@ def evaluate_run(run_dir: Path, split: str) -> Row:
     job = load_config(Job, run_dir / "config.yaml", [f"run_dir={run_dir}"])
     num_workers = int(read_run(run_dir)["num_workers"])
     with joined_world(job.train.timeout_s) as world:
-        dataset = open_dataset(job.data.dir, verify=world.local_rank == 0)
+        dataset = _open_data(job, world)
         trainer = _build_trainer(job, dataset, world, num_workers)
         _checkpoints(job, trainer)
         return {"name": job.name, "step": trainer.step, "split": split, **trainer.evaluate(split)}
 
 
+def _open_data(job: Job, world: World) -> Dataset:
+    """One rank of each host verifies the hashes of its files; a fault anywhere ends the run everywhere."""
+    return on_all(world, lambda: open_dataset(job.data.dir, verify=world.local_rank == 0))
+
+
 def _build_trainer(job: Job, dataset: Dataset, world: World, num_workers: int) -> Trainer:
-    return Trainer(job, dataset, world, parallelize(job, dataset.schema, world), num_workers)
+    parallel = parallelize(job, dataset.schema, world, dataset.summary["ids_per_request"])
+    return Trainer(job, dataset, world, parallel, num_workers)
 
 
 def _checkpoints(job: Job, trainer: Trainer) -> CheckpointManager:

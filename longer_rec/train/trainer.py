@@ -26,6 +26,7 @@ from longer_rec.report.terminal import TrainProgress
 from longer_rec.runtime.determinism import derive_seed
 from longer_rec.runtime.distributed import World
 from longer_rec.runtime.profiling import StepClock
+from longer_rec.sparse.optimizers import warmup_cosine
 from longer_rec.train.evaluate import evaluate
 from longer_rec.train.job import Job
 from longer_rec.train.log import RunLog
@@ -75,8 +76,10 @@ class Trainer:
         through the tree; then, if every number on every rank is finite, one backward through the lookup (one fused
         update of the tables) and one dense step.
         """
-        ranker, tower_parameters = self.parallel.ranker, self.parallel.tower_parameters
-        self.parallel.set_learning_rates(self.step)
+        ranker, optimizer = self.parallel.ranker, self.parallel.optimizer
+        tower_parameters = self.parallel.tower_parameters
+        optimizer.set_lr_factor(warmup_cosine(self.step, self.num_steps, self.job.schedule.warmup_steps,
+                                              self.job.schedule.final_factor))
         with self.clock.part("time_lookup_s"):
             lookup = ranker.lookup(concat_batches(batches))
         tree, sparse_gradients = SubtreeStack(), []
@@ -98,7 +101,7 @@ class Trainer:
                 backward_through_lookup(lookup, sparse_gradients)
             with self.clock.part("time_dense_s"):
                 total.mul_(min(1.0, self.job.train.clip_norm / (result.grad_norm + 1e-6)))
-                self.parallel.dense_optimizer.step()
+                optimizer.step()
         return result
 
     def _worker_backward(self, worker: int, batch: RequestBatch, leaves: Mapping[str, Tensor]) -> Tensor:
@@ -174,7 +177,8 @@ class Trainer:
         if log is None:
             return
         values = {"loss": result.loss, "grad_norm": result.grad_norm, "sparse_grad_norm": result.sparse_grad_norm,
-                  **self.parallel.learning_rates(self.step - 1), "requests_per_s": requests,
+                  **{f"{name}_lr": lr for name, lr in self.parallel.optimizer.learning_rates().items()},
+                  "requests_per_s": requests,
                   "candidates_per_s": candidates, "events_per_s": events, "elapsed_s": self.elapsed_s, **parts}
         log.write("train", self.step, values)
         progress.update(self.step, values)

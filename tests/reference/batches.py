@@ -35,7 +35,7 @@ def random_batch(schema: Schema, num_requests: int, seed: int, max_events: int =
         history={feature.name: ids(feature.table, num_events) for feature in schema.history_features},
         history_time_T=torch.arange(num_events), history_length_B=history_length_B,
         candidates={feature.name: ids(feature.table, num_candidates) for feature in schema.item_features},
-        num_candidates_B=num_candidates_B,
+        candidate_dense_CF=torch.zeros(num_candidates, len(schema.item_dense)), num_candidates_B=num_candidates_B,
         label_CY=torch.randint(0, 2, (num_candidates, len(schema.tasks)), generator=generator).float(),
         users={feature.name: ids(feature.table, int(user_length_B[feature.name].sum()))
                for feature in schema.user_features},

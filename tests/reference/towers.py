@@ -8,7 +8,8 @@ from torch import Tensor
 
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
 
-WIDTHS = InputWidths(item={"item": 5, "category": 3}, event={"quantity": 2}, user={"user": 4}, num_dense=2)
+WIDTHS = InputWidths(item={"item": 5, "category": 3}, event={"quantity": 2}, user={"user": 4}, num_dense=2,
+                     num_item_dense=3)
 NUM_IDS = 6
 DAY_S = 86400
 
@@ -32,7 +33,7 @@ def make_candidates(lengths: Sequence[int], seed: int = 1, dtype: torch.dtype = 
     return CandidateSide(
         _embeddings(WIDTHS.item, sum(lengths), generator, dtype),
         {name: torch.randint(0, NUM_IDS, (sum(lengths),), generator=generator) for name in WIDTHS.item},
-        torch.tensor(lengths))
+        torch.randn(sum(lengths), WIDTHS.num_item_dense, generator=generator, dtype=dtype), torch.tensor(lengths))
 
 
 def leaves(user: UserSide, candidates: CandidateSide) -> list[Tensor]:
@@ -45,10 +46,12 @@ def replace_candidate(candidates: CandidateSide, row: int, seed: int = 9) -> Can
     other = make_candidates([1], seed, next(iter(candidates.embedding.values())).dtype)
     embedding = {name: value.detach().clone() for name, value in candidates.embedding.items()}
     ids = {name: value.clone() for name, value in candidates.id.items()}
+    dense_CF = candidates.dense_CF.clone()
+    dense_CF[row] = other.dense_CF[0]
     for name in ids:
         embedding[name][row] = other.embedding[name][0].detach()
         ids[name][row] = other.id[name][0]
-    return replace(candidates, embedding=embedding, id=ids)
+    return replace(candidates, embedding=embedding, id=ids, dense_CF=dense_CF)
 
 
 def randomise(module: torch.nn.Module, seed: int = 3) -> None:

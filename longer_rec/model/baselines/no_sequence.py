@@ -26,7 +26,7 @@ class NoSequenceTower(nn.Module):
         super().__init__()
         self.item_names, self.user_names, self.scale = tuple(widths.item), tuple(widths.user), config.head.id_scale
         has_ids = self.scale > 0
-        self.head = Head(config.head, has_ids * sum(widths.item.values()),
+        self.head = Head(config.head, has_ids * sum(widths.item.values()) + widths.num_item_dense,
                          has_ids * sum(widths.user.values()) + widths.num_dense, num_tasks)
 
     def encode(self, user: UserSide) -> UserState:
@@ -37,5 +37,5 @@ class NoSequenceTower(nn.Module):
     def score(self, state: UserState, candidates: CandidateSide) -> Tensor:
         num_candidates = candidates.id[self.item_names[0]].numel()
         parts = scaled_inputs(candidates.embedding, self.item_names, self.scale)
-        candidate = torch.cat(parts, dim=1) if parts else state.head_BF.new_zeros(num_candidates, 0)
-        return self.head(candidate, state.head_BF, request_of(candidates.length_B, num_candidates))
+        parts.append(candidates.dense_CF.to(state.head_BF.dtype))
+        return self.head(torch.cat(parts, dim=1), state.head_BF, request_of(candidates.length_B, num_candidates))

@@ -1,0 +1,76 @@
+"""From a job to a ranker that is spread over the ranks. The order of the steps is the documentation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from longer_rec.model.inputs import InputWidths
+from longer_rec.model.tower import build_tower
+from longer_rec.ranker import Ranker
+from longer_rec.runtime.determinism import derive_seed
+from longer_rec.runtime.distributed import World, on_main
+from longer_rec.schema import Schema
+from longer_rec.sparse.init import initialize_tables
+from longer_rec.sparse.optimizers import RankerOptimizer
+from longer_rec.sparse.planfile import SparsePlan
+from longer_rec.sparse.planner import build_plan
+from longer_rec.sparse.sharding import shard_ranker
+from longer_rec.sparse.tables import build_tables, widths
+from longer_rec.train.job import Job
+
+
+@dataclass(frozen=True)
+class ParallelRanker:
+    """A sharded ranker with its optimizer and its plan; ``ranker`` is what ``model`` wraps."""
+
+    model: DistributedModelParallel
+    optimizer: RankerOptimizer
+    plan: SparsePlan
+
+    @property
+    def ranker(self) -> Ranker:
+        return cast(Ranker, self.model.module)
+
+    @property
+    def tower_parameters(self) -> list[nn.Parameter]:
+        return list(self.optimizer.tower.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every tensor of the model and of the optimizer, by unique name; sharded ones as ShardedTensor."""
+        model: Mapping[str, Tensor] = self.model.state_dict()
+        return {**{f"model/{name}": value for name, value in model.items()},
+                **{f"optimizer/{name}": value for name, value in self.optimizer.state_dict().items()}}
+
+
+def parallelize(job: Job, schema: Schema, world: World, ids_per_request: Mapping[str, float]) -> ParallelRanker:
+    """Build, plan, shard, fill. Tables and tower start as functions of the seed alone; a collective call."""
+    # 1. Tables on the meta device: no rank ever holds all of them.
+    tables = build_tables(schema, job.sparse, device="meta")
+    # 2. The tower, the same on every rank.
+    torch.manual_seed(derive_seed(job.seed, "tower"))
+    tower = build_tower(job.model, input_widths(schema, job), len(schema.tasks), job.data.max_events).to(world.device)
+    ranker = Ranker(schema, tables, tower)
+    # 3. Rank 0 plans for all; the plan covers every table.
+    plan = on_main(world, lambda: build_plan(ranker, job.sparse, world, job.data.batch_requests, ids_per_request))
+    # 4. Tables sharded with their update rule inside backward; the tower stays replicated, its gradients ours.
+    model = shard_ranker(ranker, plan, job.sparse, world.device)
+    # 5. Rows filled by (seed, table, row), whatever shard they are in.
+    initialize_tables(model, job.seed, job.sparse)
+    # 6. AdamW for the tower beside the fused update of the tables.
+    return ParallelRanker(model, RankerOptimizer(model, job.sparse, job.dense), plan)
+
+
+def input_widths(schema: Schema, job: Job) -> InputWidths:
+    """What the tower must know of the tables."""
+    width = widths(schema, job.sparse)
+    return InputWidths(
+        item={feature.name: width[f"candidates.{feature.name}"] for feature in schema.item_features},
+        event={feature.name: width[f"history.{feature.name}"] for feature in schema.event_features},
+        user={feature.name: width[f"users.{feature.name}"] for feature in schema.user_features},
+        num_dense=len(schema.user_dense),
+        num_item_dense=len(schema.item_dense),
+    )
