@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from longer_rec.batch import RequestBatch
-from longer_rec.data.dataset import Dataset
-from longer_rec.data.history import ranges
+from longer_rec.data.history import Dataset
+from longer_rec.data.partition import ranges
 from longer_rec.data.order import I64, hash_u64
 from longer_rec.errors import DataError
 

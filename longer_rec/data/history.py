@@ -1,128 +1,148 @@
-"""One sorted partition of the log as the arrays that counting and writing share."""
+"""A prepared dataset, opened: memory-mapped histories and requests, and the encoders they were made with."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
 
-from longer_rec.data.describe import LogConfig, SplitConfig
+from longer_rec.data.describe import LogConfig
+from longer_rec.data.encode import Encoder, load_encoders
+from longer_rec.data.files import naming_file
+from longer_rec.data.partition import SPLITS
+from longer_rec.data.manifest import read_manifest, verify_files
 from longer_rec.data.order import I64
-from longer_rec.errors import DataError
-
-SPLITS = ("train", "validation", "test")
-NEVER = np.iinfo(np.int64).max
-_TIME_BINS = 1 << 22
-
-Mask = npt.NDArray[np.bool_]
+from longer_rec.data.store import Array, ColumnTable, read_frame
+from longer_rec.errors import ConfigError
+from longer_rec.schema import Schema, load_schema
 
 
 @dataclass(frozen=True)
-class Partition:
-    """N sorted rows of U whole users.
+class UserColumn:
+    """A user feature: the ids of user u are ``ids[offsets[u]:offsets[u + 1]]``; no offsets: exactly one each."""
 
-    ``user_start`` and ``group_start`` are first rows of users and of (user, time) groups; ``user_of_row`` and
-    ``group_of_row`` lead back. ``is_event``: the row enters the history; ``is_candidate``: it is ranked.
-    """
+    ids: Array
+    offsets: I64 | None
 
-    frame: pl.DataFrame
-    time: I64
-    user_start: I64
-    user_of_row: I64
-    group_start: I64
-    group_of_row: I64
-    is_event: Mask
-    is_candidate: Mask
+
+@dataclass(frozen=True)
+class Dataset:
+    """Requests are numbered train first, then validation, then test; ``split_rows`` gives each split's range."""
+
+    path: Path
+    schema: Schema
+    config: LogConfig
+    manifest: dict[str, Any]
+    events: ColumnTable
+    user_start: ColumnTable
+    requests: ColumnTable
+    candidates: ColumnTable
+    items: dict[str, Array]
+    item_dense: npt.NDArray[np.float32]
+    item_count: I64
+    users: dict[str, UserColumn]
 
     @property
-    def request_groups(self) -> I64:
-        """Groups with at least one candidate: the requests, in order."""
-        return np.unique(self.group_of_row[self.is_candidate])
+    def fingerprint(self) -> str:
+        """Changes with every byte and setting that a batch depends on."""
+        return str(self.manifest["fingerprint"])
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Counts, rates and histograms for the report."""
+        return {"name": self.manifest["name"], "description": self.manifest["description"], **self.manifest["summary"]}
+
+    def ids_per_request(self, max_events: int) -> dict[str, float]:
+        """Mean number of ids that a training request looks up, by "history.", "candidates." and "users." key."""
+        summary = self.manifest["summary"]
+        history = float(np.minimum(self._train_history_length, max_events).mean())
+        candidates = summary["candidates"]["train"] / max(summary["requests"]["train"], 1)
+        users = {name: 1.0 if column.offsets is None else len(column.ids) / max(len(column.offsets) - 1, 1)
+                 for name, column in self.users.items()}
+        return {**{f"history.{feature.name}": history for feature in self.schema.history_features},
+                **{f"candidates.{feature.name}": candidates for feature in self.schema.item_features},
+                **{f"users.{name}": count for name, count in users.items()}}
+
+    @property
+    def _train_history_length(self) -> I64:
+        """Of a hundred thousand training requests at even distances."""
+        train = self.split_rows("train")
+        row = np.asarray(train[::max(len(train) // 100_000, 1)], np.int64)
+        start = self.user_start.take("start", self.requests.take("user", row))
+        return np.asarray(self.requests.take("event_end", row) - start)
+
+    def num_requests(self, split: str) -> int:
+        return len(self.split_rows(split))
+
+    def split_rows(self, split: str) -> range:
+        """Rows of the requests of "train", "validation" or "test"."""
+        if split not in SPLITS:
+            raise ConfigError(f"split {split!r} is unknown; known are {', '.join(SPLITS)}")
+        counts = [int(self.manifest["summary"]["requests"][name]) for name in SPLITS]
+        start = sum(counts[:SPLITS.index(split)])
+        return range(start, start + counts[SPLITS.index(split)])
+
+    @cached_property
+    def item_count_cumulative(self) -> I64:
+        """Running total of the items' counts in the training period: what negatives are drawn by."""
+        return np.cumsum(self.item_count)
+
+    @cached_property
+    def encoders(self) -> dict[str, Encoder]:
+        """Encoders by table: raw values of a request become rows through these, and no other way."""
+        return load_encoders(self.path)
+
+    @cached_property
+    def raw_users(self) -> pl.Series:
+        """The raw user ids in the order of the store."""
+        return read_frame(self.path / "users.arrow")["raw user"]
 
 
-def view_partition(frame: pl.DataFrame, config: LogConfig) -> Partition:
-    """The arrays of a sorted partition."""
-    time = frame["time"].to_numpy()
-    new_user = np.concatenate([[True], (frame["user"] != frame["user"].shift(1)).to_numpy()[1:].astype(bool)])
-    new_group = new_user | np.concatenate([[True], np.diff(time) != 0])
-    is_event = is_candidate = np.ones(len(frame), bool)
-    if "label" in frame.columns:
-        label = frame["label"].fill_null(float("nan")).to_numpy()
-        is_event = {"all": is_event, "positives": label > 0, "unlabelled": np.isnan(label)}[config.history]
-        is_candidate = ~np.isnan(label) if config.candidates.kind == "rows" else label > 0
-    return Partition(frame, time, np.flatnonzero(new_user), np.cumsum(new_user) - 1, np.flatnonzero(new_group),
-                     np.cumsum(new_group) - 1, is_event, is_candidate)
+def open_dataset(path: Path, verify: bool = True) -> Dataset:
+    """Open what ``prepare`` wrote; ``verify`` compares every file with its hash, and names a damaged one.
+
+    Raises:
+        DataError: no prepared dataset, a missing or damaged file.
+    """
+    manifest = read_manifest(path)
+    if verify:
+        verify_files(path, manifest["files"])
+    summary = manifest["summary"]
+    count = {name: sum(summary[name].values()) for name in ("events", "requests", "stored_candidates")}
+    schema = load_schema(path / "schema.json")
+    items = _read_columns(path / "items.arrow")
+    return Dataset(
+        path, schema, LogConfig.model_validate(manifest["config"]), manifest,
+        events=ColumnTable(path / "events.arrow", count["events"]),
+        user_start=ColumnTable(path / "user_start.arrow", summary["num_users"] + 1),
+        requests=ColumnTable(path / "requests.arrow", count["requests"]),
+        candidates=ColumnTable(path / "candidates.arrow", count["stored_candidates"]),
+        items={feature.name: items[feature.name].ids for feature in schema.item_features},
+        item_dense=np.stack([items[name].ids for name in schema.item_dense], axis=1, dtype=np.float32)
+        if schema.item_dense else np.zeros((len(items["count"].ids), 0), np.float32),
+        item_count=items["count"].ids,
+        users={feature.name: _read_columns(path / "users.arrow")[feature.name] for feature in schema.user_features})
 
 
-@dataclass(frozen=True)
-class Cuts:
-    """When validation and test begin: one pair of times for all, or each user's own."""
-
-    split: SplitConfig
-    validation: int = NEVER
-    test: int = NEVER
-
-    def split_of(self, part: Partition, row: I64) -> npt.NDArray[np.int64]:
-        """0, 1, 2 for train, validation, test, by the time of each row."""
-        if self.split.kind == "global_time":
-            return (part.time[row] >= self.validation).astype(np.int64) + (part.time[row] >= self.test)
-        validation, test = self._user_cuts(part)
-        user, time = part.user_of_row[row], part.time[row]
-        return (time >= validation[user]).astype(np.int64) + (time >= test[user])
-
-    def _user_cuts(self, part: Partition) -> tuple[I64, I64]:
-        first_row = part.group_start[part.request_groups]
-        num_requests = np.bincount(part.user_of_row[first_row], minlength=len(part.user_start))
-        first = np.cumsum(num_requests) - num_requests
-        time = np.concatenate([part.time[first_row], [NEVER]])
-
-        def cut(fraction: float) -> I64:
-            rank = np.maximum(np.rint(num_requests * fraction), 1).astype(np.int64)
-            return np.where(rank < num_requests, time[np.minimum(first + rank, len(first_row))], NEVER)
-
-        train, validation, _ = self.split.fractions
-        return cut(train), cut(train + validation)
+def _read_columns(path: Path) -> dict[str, UserColumn]:
+    """The integer columns of a small table, on the mapped file."""
+    with naming_file(path):
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
+    columns: dict[str, UserColumn] = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        if isinstance(array, pa.ChunkedArray):
+            array = array.chunk(0)
+        if pa.types.is_large_list(array.type):
+            columns[name] = UserColumn(_numpy(array.values), _numpy(array.offsets))
+        elif name != "raw user":
+            columns[name] = UserColumn(_numpy(array), None)
+    return columns
 
 
-class TimeHistogram:
-    """Counts of request times in 2^22 bins: the shares of a split to the width of a bin (8 s for a year)."""
-
-    def __init__(self, first_time: int, last_time: int) -> None:
-        self._first = first_time
-        self.width_s = (last_time - first_time) // _TIME_BINS + 1
-        self._counts = np.zeros((last_time - first_time) // self.width_s + 1, np.int64)
-
-    def add(self, part: Partition) -> None:
-        bins = (part.time[part.group_start[part.request_groups]] - self._first) // self.width_s
-        self._counts += np.bincount(bins, minlength=len(self._counts))
-
-    def cuts(self, split: SplitConfig) -> Cuts:
-        before = np.concatenate([[0], np.cumsum(self._counts)])
-        if before[-1] == 0:
-            raise DataError("the log has no request: no row is labelled or positive; check columns.label")
-
-        def cut(fraction: float) -> int:
-            if fraction > 1 - 1e-9:
-                return int(NEVER)
-            return self._first + int(np.abs(before - fraction * before[-1]).argmin()) * self.width_s
-
-        train, validation, _ = split.fractions
-        return Cuts(split, cut(train), cut(train + validation))
-
-
-def ranges(start: I64, length: I64) -> I64:
-    """start[i], start[i] + 1, ... of each i, one range after the other."""
-    first = np.cumsum(length) - length
-    return np.arange(int(length.sum()), dtype=np.int64) + np.repeat(start - first, length)
-
-
-def percentiles(histogram: npt.NDArray[Any]) -> dict[str, float]:
-    """Mean, median, 90th percentile and maximum of counts by value (0, 1, 2, ...)."""
-    total = int(histogram.sum())
-    if total == 0:
-        return {}
-    upto = np.cumsum(histogram)
-    return {"mean": round(float((histogram * np.arange(len(histogram))).sum() / total), 2),
-            "p50": int(np.searchsorted(upto, 0.5 * total)), "p90": int(np.searchsorted(upto, 0.9 * total)),
-            "max": int(np.flatnonzero(histogram)[-1])}
+def _numpy(array: pa.Array) -> npt.NDArray[Any]:
+    return np.asarray(array.to_numpy(zero_copy_only=True))

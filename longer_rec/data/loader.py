@@ -1,9 +1,8 @@
 """Batches in background processes: for training by logical worker, for evaluation in fixed blocks."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pydantic
 import torch.utils.data
@@ -11,12 +10,10 @@ import torch.utils.data
 from longer_rec.batch import RequestBatch, validate_batch
 from longer_rec.config import Config
 from longer_rec.data.batches import make_batch
-from longer_rec.data.dataset import Dataset
+from longer_rec.data.history import Dataset
 from longer_rec.data.order import sample_positions, sample_rows
+from longer_rec.data.transport import PackedBatches, pack_batches, unpack_batches
 from longer_rec.errors import ConfigError
-
-_T = TypeVar("_T")
-
 
 class DataConfig(Config):
     """Where the prepared data lies, and how batches are cut from it."""
@@ -70,56 +67,65 @@ class TrainLoader:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[list[RequestBatch]]:
-        batches = iter(_background(self.make_step, self._steps, self._config))
+        steps = iter(_background(self.make_step, self._steps, self._config))
         while True:
             asked = time.perf_counter()
-            batch = next(batches, None)
+            batches = next(steps, None)
             self.wait_s = time.perf_counter() - asked
-            if batch is None:
+            if batches is None:
                 return
-            yield batch
+            yield batches
 
 
 class EvalLoader:
     """(block, batch) of each block of ``eval_batch_requests`` requests of a split that belongs to ``shard``.
 
-    Block j belongs to shard j modulo ``num_shards``; the blocks themselves depend on neither.
+    The blocks depend on the split alone, and are dealt to the shards in turn. With ``max_requests`` only as many
+    blocks are read as that takes, spread evenly over the split: neighbours in it are requests of one user.
     """
 
-    def __init__(self, dataset: Dataset, split: str, config: DataConfig, shard: int = 0, num_shards: int = 1) -> None:
+    def __init__(self, dataset: Dataset, split: str, config: DataConfig, shard: int = 0, num_shards: int = 1,
+                 max_requests: int | None = None) -> None:
         self._dataset, self._config = dataset, config
         self._rows = dataset.split_rows(split)
-        self.num_blocks = -(-len(self._rows) // config.eval_batch_requests)
-        self._blocks = range(shard, self.num_blocks, num_shards)
+        num_blocks = -(-len(self._rows) // config.eval_batch_requests)
+        kept = num_blocks if max_requests is None else min(num_blocks, -(-max_requests // config.eval_batch_requests))
+        self._blocks = [index * num_blocks // kept for index in range(kept)][shard::num_shards]
+        self.num_rounds = -(-kept // num_shards)
 
-    def make_block(self, block: int) -> tuple[int, RequestBatch]:
+    def make_block(self, block: int) -> RequestBatch:
         """A validated block, in this process."""
         size = self._config.eval_batch_requests
         batch = make_batch(self._dataset, self._rows[block * size:(block + 1) * size], max_events=self._config.max_events)
         validate_batch(batch, self._dataset.schema)
-        return block, batch
+        return batch
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def __iter__(self) -> Iterator[tuple[int, RequestBatch]]:
-        return iter(_background(self.make_block, self._blocks, self._config))
+        batches = _background(lambda block: [self.make_block(block)], self._blocks, self._config)
+        return ((block, batch) for block, (batch,) in zip(self._blocks, batches, strict=True))
 
 
-class _Made(torch.utils.data.Dataset[Any]):
+class _Made(torch.utils.data.Dataset[PackedBatches]):
     """A function as the map-style dataset that torch's DataLoader wants."""
 
-    def __init__(self, make: Callable[[int], Any]) -> None:
+    def __init__(self, make: Callable[[int], list[RequestBatch]]) -> None:
         self._make = make
 
-    def __getitem__(self, index: int) -> Any:
-        return self._make(index)
+    def __getitem__(self, index: int) -> PackedBatches:
+        return pack_batches(self._make(index))
 
 
-def _background(make: Callable[[int], _T], indices: Sequence[int], config: DataConfig) -> Any:
+def _background(make: Callable[[int], list[RequestBatch]], indices: range,
+                config: DataConfig) -> Iterator[list[RequestBatch]]:
     """``make`` of each index, in order, ahead of time in ``loader_processes`` processes."""
-    processes = config.loader_processes if len(indices) else 0
-    background: dict[str, Any] = {} if processes == 0 else {
-        "multiprocessing_context": "fork",
-        "prefetch_factor": max(config.prefetch_batches // processes, 1)}
-    return torch.utils.data.DataLoader(_Made(make), batch_size=None, sampler=indices, num_workers=processes, **background)
+    if config.loader_processes == 0 or len(indices) == 0:
+        yield from map(make, indices)
+        return
+    loader = torch.utils.data.DataLoader(
+        _Made(make), batch_size=None, sampler=indices, num_workers=config.loader_processes,
+        multiprocessing_context="fork", prefetch_factor=max(config.prefetch_batches // config.loader_processes, 1))
+    for packed in loader:
+        yield unpack_batches(packed)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from longer_rec.data.datasets import load_source
-from longer_rec.data.history import SPLITS, Cuts, TimeHistogram, view_partition
+from longer_rec.data.partition import SPLITS, Cuts, TimeHistogram, view_partition
 from longer_rec.data.manifest import MANIFEST, read_manifest, settings_hash, write_manifest
 from longer_rec.data.sources import LogSource
 from longer_rec.data.spill import Spill, spill_log

@@ -7,7 +7,7 @@ import polars as pl
 
 from longer_rec.data.describe import EntityConfig, FeatureConfig, LogConfig
 from longer_rec.data.encode import Bucketed, Encoder, Hashed, as_ids, as_lists, as_numbers, build_vocabulary
-from longer_rec.data.history import Mask, Partition
+from longer_rec.data.partition import Mask, Partition
 from longer_rec.data.order import hash_u64
 from longer_rec.errors import DataError
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longer_rec.data.describe import LogConfig
-from longer_rec.data.history import SPLITS, Cuts, Partition, percentiles, view_partition
+from longer_rec.data.partition import SPLITS, Cuts, Partition, percentiles, view_partition
 from longer_rec.data.order import I64
 from longer_rec.data.sources import LogSource
 from longer_rec.data.spill import Spill, summarise
