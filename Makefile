@@ -16,7 +16,7 @@ STAMP := $(VENV)/.complete-$(DEVICE)
 
 # The shipped purchases are prepared when the configuration reads them from there.
 SHIPPED := data/completejourney
-DATA    := $(if $(shell grep -l '$(SHIPPED)' $(CONFIG) 2>/dev/null),$(SHIPPED)/schema.json)
+DATA    := $(if $(shell grep -l '$(SHIPPED)' $(CONFIG) 2>/dev/null),$(SHIPPED)/manifest.json)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv data train test lint doctor clean
@@ -36,8 +36,8 @@ endif
 $(STAMP): setup.cfg pyproject.toml $(wildcard packaging/*.txt packaging/*.sh packaging/*/*)
 	@packaging/install.sh $(VENV) $(DEVICE) $(TORCHREC) $(EXTRAS) $@
 
-data: $(SHIPPED)/schema.json ## prepare the shipped purchases
-$(SHIPPED)/schema.json: | $(STAMP)
+data: $(SHIPPED)/manifest.json ## prepare the shipped purchases
+$(SHIPPED)/manifest.json: | $(STAMP)
 	$(BIN)/longer-rec prepare completejourney --out $(SHIPPED)
 
 # OMP_NUM_THREADS=1: two threads a rank are slower and erratic on CPU. TORCH_DISABLE_SHARE_RDZV_TCP_STORE: a rank

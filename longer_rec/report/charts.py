@@ -101,15 +101,15 @@ def throughput(points: Sequence[tuple[float, float]], unit: str) -> str:
 
 
 def histogram(edges: Sequence[float], counts: Sequence[float], max_events: int | None) -> str:
-    """Counts between edges, one bar of equal width each: edges usually grow geometrically.
+    """Counts between edges, one bar of equal width each: edges grow geometrically.
 
     ``max_events`` is marked where it falls: histories right of the mark are cut to their newest events.
     """
     def paint(axes: Axes) -> None:
         place = np.arange(len(counts))
         axes.bar(place + 0.5, counts, width=0.86, color=SERIES[0])
-        shown = _thin(len(edges), 12)
-        axes.set_xticks(shown, [format_count(edges[index]) for index in shown])
+        shown = _thin(len(edges), 16)
+        axes.set_xticks(shown, [_short(edges[index]) for index in shown])
         axes.set_xlabel("events before the request")
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         if max_events is not None and edges[0] < max_events < edges[-1]:
@@ -173,6 +173,11 @@ def _focus(axes: Axes, values: Sequence[float]) -> None:
     if len(values) >= 20:
         low, high = axes.get_ylim()
         axes.set_ylim(low, min(high, float(np.quantile(values, 0.99)) * 1.05))
+
+
+def _short(count: float) -> str:
+    """Powers of two the way they are spoken: 512, 1k, 4k."""
+    return f"{count / 1024:g}k" if count >= 1024 and count % 1024 == 0 else format_count(count)
 
 
 def _thin(count: int, most: int) -> list[int]:

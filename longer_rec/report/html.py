@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -38,12 +39,12 @@ def write_report(run_dir: Path) -> Path:
     A file that is not there costs its section, which says so; a damaged one raises ``DataError``.
     """
     files = read_run_files(run_dir)
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("longer_rec.report", "."), autoescape=True,
-                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.get_template("report.html.j2").render(
+    pages = jinja2.Environment(loader=jinja2.PackageLoader("longer_rec.report", "."), autoescape=True,
+                               undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = pages.get_template("report.html.j2").render(
         head=headline(files), results=results(files), curves=curves(files), speed=speed(files), data=data(files),
         plan=plan(files), config=highlight_yaml(files.config_text) if files.config_text else None,
-        machine=[(title(key), fact(key, value)) for key, value in files.run.items() if key != "data"])
+        machine=environment(files))
     path = run_dir / "report.html"
     unfinished = path.with_name("report.html.tmp")
     unfinished.write_text(page, encoding="utf-8")
@@ -137,23 +138,32 @@ def speed(files: RunFiles) -> Section | None:
 
 
 def data(files: RunFiles) -> Section | None:
-    """The summary of the prepared data, whatever it holds: facts, one row per quantity told by split, notes."""
-    summary = files.run.get("data")
+    """The summary of the prepared data, whatever it holds: facts, one row for each quantity told by split, notes."""
+    summary = dict(files.run.get("data") or {})
     if not summary:
         return None
-    facts, by_split, notes = [], [], []
-    for key, value in summary.items():
-        if key == "notes":
-            notes = [value] if isinstance(value, str) else list(value)
-        elif key == "history_length_histogram":
+    histogram = summary.pop("history_length_histogram", None)
+    shown = {"name": summary.pop("name", ""), "about": summary.pop("description", "")}
+    notes = summary.pop("notes", [])
+    by_split = [row for key, value in summary.items() for row in _split_rows(key, value)]
+    return {
+        **shown, "notes": [notes] if isinstance(notes, str) else notes, "by_split": by_split,
+        "facts": [(title(key), fact(key, value)) for key, value in summary.items() if not _split_rows(key, value)],
+        "splits": [split for split in SPLITS if any(split in row for _, row in by_split)],
+        "chart": _histogram(histogram, files.config),
+    }
+
+
+def environment(files: RunFiles) -> list[tuple[str, str]]:
+    """Facts of ``run.json`` apart from the data; packages keep their names, groups are taken apart."""
+    facts: list[tuple[str, str]] = []
+    for key, value in files.run.items():
+        if key == "data":
             continue
-        elif isinstance(value, Mapping) and value and set(value) <= set(SPLITS):
-            by_split += list(_split_rows(key, value))
-        else:
-            facts.append((title(key), fact(key, value)))
-    return {"facts": facts, "splits": [split for split in SPLITS if any(split in row for _, row in by_split)],
-            "by_split": by_split, "notes": notes,
-            "chart": _histogram(summary.get("history_length_histogram"), files.config)}
+        group = value if isinstance(value, Mapping) else {key: value}
+        facts += [(name if re.match(r"\d+\.\d", str(part)) else title(name), fact(name, part))
+                  for name, part in group.items()]
+    return facts
 
 
 def plan(files: RunFiles) -> Section | None:
@@ -194,6 +204,8 @@ def fact(key: str, value: Any) -> str:
         return format_bytes(value)
     if key.endswith(("_s", "seconds")):
         return format_duration(value)
+    if key.endswith("_time"):
+        return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M UTC")
     if key.endswith("rate") or (isinstance(value, float) and 0 < abs(value) < 1):
         return f"{value:.2%}"
     return format_count(value)
@@ -235,23 +247,31 @@ def _durations(lines: Sequence[Line]) -> list[float]:
             if line["split"] == "train"]
 
 
-def _split_rows(key: str, value: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, str]]]:
-    """One row per quantity: the key itself, or each of the names nested below the splits."""
-    if not all(isinstance(part, Mapping) for part in value.values()):
-        yield title(key), {split: fact(key, part) for split, part in value.items()}
-        return
-    names = dict.fromkeys(name for part in value.values() for name in part)
-    for name in names:
-        yield (f"{title(key)}: {name.replace('_', ' ')}",
-               {split: fact(key, part.get(name)) for split, part in value.items()})
+def _split_rows(key: str, value: Any) -> list[tuple[str, dict[str, str]]]:
+    """(title, text by split) for a value told by split, or for each name of a group told by split, else nothing."""
+    if _is_by_split(value) and not any(isinstance(part, Mapping) for part in value.values()):
+        return [(title(key), {split: fact(key, part) for split, part in value.items()})]
+    if _is_by_split(value):
+        names = dict.fromkeys(name for part in value.values() for name in part)
+        value = {name: {split: part.get(name) for split, part in value.items()} for name in names}
+    if isinstance(value, Mapping) and value and all(_is_by_split(part) for part in value.values()):
+        return [(f"{title(key)}: {name.replace('_', ' ')}", {split: fact(key, one) for split, one in part.items()})
+                for name, part in value.items()]
+    return []
 
 
-def _histogram(counted: Mapping[str, Any] | None, config: Mapping[str, Any]) -> Markup | None:
-    if not counted or not counted.get("counts"):
+def _is_by_split(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and set(value) <= set(SPLITS)
+
+
+def _histogram(bins: Sequence[Sequence[int]] | None, config: Mapping[str, Any]) -> Markup | None:
+    """Drawn from (lowest, highest, requests) of each bin; None without a bin."""
+    if not bins:
         return None
     settings = config.get("data")
     max_events = settings.get("max_events") if isinstance(settings, Mapping) else None
-    return Markup(charts.histogram(counted["edges"], counted["counts"], max_events))  # noqa: S704
+    edges = [low for low, _, _ in bins] + [bins[-1][1] + 1]
+    return Markup(charts.histogram(edges, [count for _, _, count in bins], max_events))  # noqa: S704
 
 
 def _table_bytes(table: Mapping[str, Any]) -> int:

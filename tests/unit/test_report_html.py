@@ -70,7 +70,8 @@ RUN = {
     "started": "2026-01-02T03:04:05+00:00",
     "data": {"num_users": 2469, "base_rate": 0.2, "requests": {"train": 800, "validation": 100, "test": 100},
              "oov_rate": {"train": {"item": 0.0}, "test": {"item": 0.046}}, "notes": ["simulated purchases"],
-             "history_length_histogram": {"edges": [0, 10, 100, 1000, 5000], "counts": [1, 20, 300, 40]}}}
+             "unseen_values": {"quantity": {"train": 0, "test": 7}}, "last_time": 1514779280, "description": "one year",
+             "history_length_histogram": [[0, 0, 1], [1, 1, 20], [2, 63, 300], [64, 511, 40]]}}
 
 
 def log_lines(num_steps=40):
@@ -108,6 +109,9 @@ def test_a_whole_run_shows_every_figure(run_dir):
     assert "test: longer 0.7500" in page.sections["curves"]
     assert "800 requests/s, 30,000 candidates/s" in page.sections["speed"]
     assert "OOV rate: item 0.00% – 4.60%" in page.sections["data"]
+    assert "Unseen values: quantity 0 – 7" in page.sections["data"]
+    assert "2018-01-01 04:01 UTC" in page.sections["data"]
+    assert "one year" in page.sections["data"]
     assert "simulated purchases" in page.sections["data"]
     assert "newest 200 are used" in page.sections["data"]
     assert "item 4,096 16 row_wise fused 0, 1 256 KiB 16 KiB" in page.sections["plan"]
