@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - nothing is written there
+
 
 def num_cores() -> int:
     """Cores this process may use (affinity and cgroup quota, not what the host has)."""
@@ -28,7 +30,7 @@ def memory_bytes() -> int:
 
 def shared_memory_bytes() -> int:
     """Free bytes of /dev/shm, through which data workers hand batches over; 0 where there is none."""
-    return shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    return shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else 0
 
 
 def open_files_limit() -> int:

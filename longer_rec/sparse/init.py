@@ -50,7 +50,7 @@ def initial_values(seed: int, table: str, rows: range, columns: range, std: floa
     column = torch.arange(columns.start, columns.stop, dtype=torch.int64, device=device)
     row_key = _splitmix64(key + (row + 1) * _signed(_GOLDEN))
     bits = _splitmix64(row_key.unsqueeze(1) + (column + 1) * _signed(_GOLDEN))
-    total = (bits & 0xFFFF) + (_shift_right(bits, 16) & 0xFFFF) + (_shift_right(bits, 32) & 0xFFFF) + _shift_right(bits, 48)
+    total = sum((_shift_right(bits, shift) & 0xFFFF for shift in (16, 32, 48)), start=bits & 0xFFFF)
     # The four sum to 2 * 65535 on average, with variance 4 * (65536^2 - 1) / 12.
     scale = std / ((65536.0**2 - 1.0) / 3.0) ** 0.5
     return ((total - 2 * 65535).to(torch.float64) * scale).to(torch.float32)

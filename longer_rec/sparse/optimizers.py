@@ -97,6 +97,7 @@ class RankerOptimizer:
         if replicated:
             rule, arguments = _table_rule(sparse)
             self._parts.append((KeyedOptimizerWrapper(replicated, lambda values: rule(values, **arguments)), sparse.lr))
+        self._create_state()
         self.combined = CombinedOptimizer([part for part, _ in self._parts])
 
     def set_lr_factor(self, factor: float) -> None:
@@ -126,18 +127,22 @@ class RankerOptimizer:
         for part, _ in self._parts[1:]:
             part.zero_grad(set_to_none=True)
 
-    def init_state(self) -> None:
-        """Create AdamW's lazy state, zero, without moving any weight: what a checkpoint is loaded into.
+    @torch.no_grad()
+    def _create_state(self) -> None:
+        """Make the lazy state of torch's optimizers now, as it is before a first step.
 
-        TorchRec's own ``init_state`` takes a dummy step, which decays the weights.
+        State that does not exist is left out of a checkpoint, and dropped without a word when one is loaded.
+        TorchRec's ``init_state`` takes a step to make it: that moves weights and counts.
         """
         for part, _ in self._parts[1:]:
             saved = [(parameter, parameter.detach().clone()) for parameter in part.params.values()]
             part.init_state()
-            with torch.no_grad():
-                for parameter, value in saved:
-                    parameter.copy_(value)
-                    parameter.grad = None
+            for parameter, value in saved:
+                parameter.copy_(value)
+                parameter.grad = None
+            for state in part.state.values():
+                for tensor in state.values():
+                    tensor.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Optimizer tensors by "<parameter>/<state>"; sharded ones as ShardedTensor. Learning rates are not state."""

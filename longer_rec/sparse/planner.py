@@ -154,8 +154,8 @@ def _shards(sharding_type: str, table: str, rows: int, dim: int, load: list[int]
     if sharding_type == "row_wise":
         block = math.ceil(rows / world_size)
         if block * (world_size - 1) >= rows:
-            raise ConfigError(f"table {table!r} of {rows} rows cannot be split row_wise over {world_size} ranks: blocks "
-                              f"of {block} rows leave a rank empty; use table_wise for it")
+            raise ConfigError(f"table {table!r} of {rows} rows cannot be split row_wise over {world_size} ranks: "
+                              f"blocks of {block} rows leave a rank empty; use table_wise for it")
         return [Shard(rank=rank, offsets=(rank * block, 0), sizes=(min(block, rows - rank * block), dim))
                 for rank in range(world_size)]
     if sharding_type == "column_wise":

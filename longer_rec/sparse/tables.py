@@ -197,7 +197,8 @@ def build_tables(schema: Schema, config: SparseConfig, device: torch.device | st
         by_dim.setdefault(dims[table], []).append(EmbeddingConfig(
             name=table, num_embeddings=schema.num_rows[table], embedding_dim=dims[table], feature_names=keys))
     bags = [EmbeddingBagConfig(name=table, num_embeddings=schema.num_rows[table], embedding_dim=dims[table],
-                               feature_names=keys, pooling=PoolingType.SUM) for table, keys in _by_table(pooled).items()]
+                               feature_names=keys, pooling=PoolingType.SUM)
+            for table, keys in _by_table(pooled).items()]
     ec = nn.ModuleDict({f"dim{dim}": EmbeddingCollection(tables=by_dim[dim], device=device) for dim in sorted(by_dim)})
     ebc = EmbeddingBagCollection(tables=bags, device=device) if bags else None
     return SparseTables(ec, ebc, config.pooling)
@@ -209,7 +210,8 @@ def find_collections(module: nn.Module) -> Mapping[str, EmbeddingCollection | Em
             if isinstance(child, EmbeddingCollection | EmbeddingBagCollection)}
 
 
-def table_configs(collection: EmbeddingCollection | EmbeddingBagCollection) -> list[EmbeddingConfig | EmbeddingBagConfig]:
+def table_configs(
+        collection: EmbeddingCollection | EmbeddingBagCollection) -> list[EmbeddingConfig | EmbeddingBagConfig]:
     """TorchRec's description of each table of a collection."""
     if isinstance(collection, EmbeddingCollection):
         return list(collection.embedding_configs())

@@ -1,0 +1,107 @@
+"""Tensors to and from torch.distributed.checkpoint, which stores nothing else here."""
+
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from longer_rec.checkpoint.manifest import TensorEntry
+from longer_rec.errors import CheckpointError
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+# What the metadata of tensors alone consists of; anything else in a pickle is code from a stranger.
+_ALLOWED = {
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("collections", "OrderedDict"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
+        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata",
+        "TensorProperties", "_MEM_FORMAT_ENCODING")),
+    *(("torch", name) for name in _DTYPES),
+}
+
+
+def flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Nested dictionaries of tensors as one, keys joined by "/"; empty dictionaries vanish.
+
+    A rank that holds no shard of a table has no optimizer state for it, and DCP cannot load what is empty.
+    """
+    flat: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}/"))
+        elif hasattr(value, "dtype") and hasattr(value, "size"):
+            flat[f"{prefix}{key}"] = value
+        else:
+            raise TypeError(f"state '{prefix}{key}' is a {type(value).__name__}; only tensors are stored, the rest "
+                            "belongs into the manifest's extra")
+    return flat
+
+
+def describe(state: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
+    """Type and whole shape of each tensor."""
+    return {key: TensorEntry(dtype=str(value.dtype).removeprefix("torch."), shape=tuple(value.size()))
+            for key, value in state.items()}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of tensors needs")
+        return super().find_class(module, name)
+
+
+class _TensorReader(dcp.FileSystemReader):
+    """DCP's reader, without the code that a pickled .metadata could run."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        with path.open("rb") as file:
+            try:
+                metadata: Metadata = _MetadataUnpickler(file).load()
+            except (pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
+                raise CheckpointError(f"{path} is not the metadata of a checkpoint: {error}; do not use it") from None
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def write_tensors(directory: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    """Each rank writes and fsyncs its shards; a collective call. ``CheckpointError`` on every rank if one fails."""
+    writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
+    try:
+        dcp.save(dict(state), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise CheckpointError(f"cannot write {directory}: {_first_cause(error)}") from None
+
+
+def read_tensors(directory: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None,
+                 alone: bool = False) -> None:
+    """Fill the tensors of ``state`` in place, whatever shards they were written from; collective unless ``alone``."""
+    try:
+        dcp.load(dict(state), storage_reader=_TensorReader(directory), process_group=group,
+                 no_dist=alone or not dist.is_initialized())
+    except CheckpointException as error:
+        raise CheckpointError(f"cannot read {directory}: {_first_cause(error)}") from None
+
+
+def iterate_tensors(directory: Path, entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor whole, one after the other, in one process."""
+    for key, entry in entries.items():
+        value = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+        read_tensors(directory, {key: value}, None, alone=True)
+        yield key, value
+
+
+def _first_cause(error: CheckpointException) -> str:
+    rank, (cause, _) = min(error.failures.items())
+    return f"rank {rank}: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
