@@ -47,6 +47,7 @@ targets=(-e ".[$extras]")
 if [ "$device" = cpu ]; then
     targets+=(./packaging/fbgemm-gpu-cpu)
 fi
-"$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input -c "$constraints" "${targets[@]}"
+# --no-compile: Python compiles what it imports; compiling every file of torch is half of pip's processor time.
+"$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check --no-input -c "$constraints" "${targets[@]}"
 "$venv/bin/python" -m pip check --disable-pip-version-check
 touch "$stamp"
