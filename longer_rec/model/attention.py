@@ -6,180 +6,148 @@ and 2 queries the queries see
     query 0: 1 1 1 0
     query 1: 1 1 1 1
 
-Without it each query sees all keys of its request. Beside the output comes the log-sum-exp of the scores, with
-which ``merge_own`` adds keys that belong to one query alone: a candidate attends to its request's keys, shared by
-all candidates, and to its own tokens, in one exact softmax.
+Without it each query sees all keys of its request. Beside the output comes the log-sum-exp of the scores, with which
+``own_attention.merge_own`` adds keys that belong to one candidate alone.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longer_rec.model.attention_plan import AttentionPlan, Group
 
-def attend(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, query_length_B: Tensor, key_length_B: Tensor,
-           causal: bool) -> tuple[Tensor, Tensor]:
+
+def attend(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
     """Softmax attention of packed queries over their request's packed keys: output Q x H x E, log-sum-exp Q x H.
 
     A query without keys gives output 0 and log-sum-exp -inf.
     """
-    if query_QHE.device.type == "cpu":
-        return _LoopedAttention.apply(query_QHE, key_SHE, value_SHE, query_length_B, key_length_B, causal)
-    return attend_padded(query_QHE, key_SHE, value_SHE, query_length_B, key_length_B, causal)
+    return _Attention.apply(query_QHE, key_SHE, value_SHE, plan)
 
 
 def attend_ref(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, query_length_B: Tensor, key_length_B: Tensor,
                causal: bool) -> tuple[Tensor, Tensor]:
-    """Twin of ``attend``: one request at a time, an explicit mask, no shortcut."""
+    """Twin of ``plan_attention`` and ``attend``: one request at a time, an explicit mask, no shortcut."""
     outputs, sums = [], []
     queries = query_QHE.split(query_length_B.tolist())
     lengths = key_length_B.tolist()
-    for query_QHE_, key_, value_ in zip(queries, key_SHE.split(lengths), value_SHE.split(lengths), strict=True):
-        num_queries, num_keys = query_QHE_.shape[0], key_.shape[0]
-        score_HQS = torch.einsum("qhe,she->hqs", query_QHE_, key_) / math.sqrt(query_QHE_.shape[-1])
+    for query, key, value in zip(queries, key_SHE.split(lengths), value_SHE.split(lengths), strict=True):
+        num_queries, num_keys = query.shape[0], key.shape[0]
+        score_HQS = torch.einsum("qhe,she->hqs", query, key) / math.sqrt(query.shape[-1])
         seen_QS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=score_HQS.device)
         if causal:
             seen_QS = seen_QS.tril(num_keys - num_queries)
         score_HQS = score_HQS.masked_fill(~seen_QS, -math.inf)
-        weight_HQS = score_HQS.softmax(-1) if num_keys else score_HQS
-        outputs.append(torch.einsum("hqs,she->qhe", weight_HQS, value_))
+        outputs.append(torch.einsum("hqs,she->qhe", score_HQS.softmax(-1), value))
         sums.append(score_HQS.logsumexp(-1).T)
     return torch.cat(outputs), torch.cat(sums)
 
 
-def attend_padded(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, query_length_B: Tensor,
-                  key_length_B: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """``attend`` by padding to the longest request: few large kernels, for devices where launches cost most."""
-    if query_QHE.shape[0] == 0:
-        return query_QHE, query_QHE.sum(-1)
-    query_row = _padded_rows(query_length_B)
-    key_row = _padded_rows(key_length_B)
-    num_queries, num_keys = query_row.shape[1], key_row.shape[1]
-    query_BHQE = query_QHE[query_row.clamp(min=0)].transpose(1, 2)
-    key_BHSE = key_SHE[key_row.clamp(min=0)].transpose(1, 2)
-    value_BHSE = value_SHE[key_row.clamp(min=0)].transpose(1, 2)
-    seen_BQS = (key_row >= 0).unsqueeze(1).expand(-1, num_queries, -1)
-    if causal:
-        last_B = key_length_B - query_length_B
-        query_at = torch.arange(num_queries, device=query_row.device).unsqueeze(1)
-        key_at = torch.arange(num_keys, device=query_row.device)
-        seen_BQS = seen_BQS & (key_at <= query_at + last_B.view(-1, 1, 1))
-    score_BHQS = (query_BHQE @ key_BHSE.transpose(-1, -2)).to(_score_dtype(query_QHE.dtype))
-    score_BHQS = score_BHQS / math.sqrt(query_QHE.shape[-1])
-    # A finite mask keeps the gradient of rows without any key free of NaN; their weights are zeroed below.
-    score_BHQS = score_BHQS.masked_fill(~seen_BQS.unsqueeze(1), torch.finfo(score_BHQS.dtype).min)
-    weight_BHQS = score_BHQS.softmax(-1) * seen_BQS.any(-1)[:, None, :, None]
-    output_BQHE = (weight_BHQS.to(value_SHE.dtype) @ value_BHSE).transpose(1, 2)
-    sum_BQH = score_BHQS.logsumexp(-1).transpose(1, 2).masked_fill(~seen_BQS.any(-1).unsqueeze(-1), -math.inf)
-    kept = query_row >= 0
-    return output_BQHE[kept], sum_BQH[kept]
-
-
-def _padded_rows(length_B: Tensor) -> Tensor:
-    """B x longest: the packed row of each place, -1 where there is none."""
-    place = torch.arange(max(int(length_B.max()), 1), device=length_B.device)
-    row = (length_B.cumsum(0) - length_B).unsqueeze(1) + place
-    return row.masked_fill(place >= length_B.unsqueeze(1), -1)
-
-
-def merge_own(output_QHE: Tensor, sum_QH: Tensor, query_CGHE: Tensor, key_CGHE: Tensor, value_CGHE: Tensor) -> Tensor:
-    """Attention over the shared keys (``output``, ``sum`` of ``attend``) and each candidate's own G tokens, causally.
-
-    Q = C * G. Token g of a candidate sees its own tokens 0 .. g. Returns C x G x H x E.
-    """
-    C, G, H, E = query_CGHE.shape
-    score = torch.einsum("cghe,cfhe->cghf", query_CGHE, key_CGHE).to(sum_QH.dtype) / math.sqrt(E)
-    if G > 1:
-        unseen = torch.ones(G, G, dtype=torch.bool, device=score.device).triu(1).unsqueeze(1)
-        score = score.masked_fill(unseen, -math.inf)
-    shared = sum_QH.view(C, G, H, 1)
-    weight = torch.cat([shared, score], dim=-1).softmax(-1).to(value_CGHE.dtype)
-    own_CGHE = torch.einsum("cghf,cfhe->cghe", weight[..., 1:], value_CGHE)
-    return weight[..., :1] * output_QHE.view(C, G, H, E) + own_CGHE
-
-
-class _LoopedAttention(torch.autograd.Function):
-    """``attend`` request by request at exact sizes.
-
-    Candidates per request and history lengths are skewed: padding to the batch's maximum multiplies the work, while
-    an iteration costs some 20 us here because autograd sees one node instead of six per request.
-    """
+class _Attention(torch.autograd.Function):
+    """``attend`` group by group in the padded layout; one autograd node whatever the number of groups."""
 
     @staticmethod
-    def forward(ctx: Any, query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, query_length_B: Tensor,
-                key_length_B: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, plan: AttentionPlan
+                ) -> tuple[Tensor, Tensor]:
         num_queries, H, E = query_QHE.shape
-        dtype = _score_dtype(query_QHE.dtype)
-        output_QHE = torch.zeros_like(query_QHE)
-        sum_QH = query_QHE.new_full((num_queries, H), -math.inf, dtype=dtype)
-        lengths = query_length_B.tolist(), key_length_B.tolist()
         scale = 1.0 / math.sqrt(E)
-        weights = []
         with torch.autocast(query_QHE.device.type, enabled=False):
-            scaled_QHE = query_QHE * scale
-            rows = zip(_per_request(scaled_QHE, lengths[0]), _per_request(key_SHE, lengths[1]),
-                       _per_request(value_SHE, lengths[1]), _per_request(output_QHE, lengths[0]),
-                       sum_QH.split(lengths[0]), strict=True)
-            for query_HQE, key_HSE, value_HSE, output_HQE, sum_ in rows:
-                if query_HQE.shape[1] == 0 or key_HSE.shape[1] == 0:
-                    continue
-                score_HQS = torch.bmm(query_HQE, key_HSE.transpose(1, 2)).to(dtype)
-                if causal:
-                    _hide_later(score_HQS)
-                weight_HQS = torch.softmax(score_HQS, -1)
-                # exp(max score) / sum = max weight, so the log-sum-exp needs no second exponential.
-                sum_.copy_((score_HQS.amax(-1) - weight_HQS.amax(-1).log_()).T)
-                weight_HQS = weight_HQS.to(query_QHE.dtype)
-                output_HQE.copy_(torch.bmm(weight_HQS, value_HSE))
-                weights.append(weight_HQS)
-        ctx.save_for_backward(scaled_QHE, key_SHE, value_SHE, output_QHE, *weights)
-        ctx.lengths, ctx.scale = lengths, scale
-        return output_QHE, sum_QH
+            query = _gather(query_QHE, plan.query_source).mul_(scale)
+            key, value = _gather(key_SHE, plan.key_source), _gather(value_SHE, plan.key_source)
+            # The row behind the last stays 0 and -inf: the answer for queries without keys.
+            output = query.new_zeros(query.shape[0] + 1, E)
+            top = query.new_full((query.shape[0] + 1,), -math.inf, dtype=_score_dtype(query.dtype))
+            share = torch.ones_like(top)
+            weights = []
+            for group, at, q, k in _walk(plan, query, key):
+                score = torch.bmm(q, k.transpose(1, 2)).to(top.dtype)
+                _hide(score, group, plan)
+                weight = torch.softmax(score, -1)
+                # exp(top score) / sum = the top weight: the log-sum-exp needs no exponential of its own.
+                torch.amax(score, -1, out=top[at.queries].view(weight.shape[:2]))
+                torch.amax(weight, -1, out=share[at.queries].view(weight.shape[:2]))
+                weight = weight.to(query.dtype)
+                torch.bmm(weight, value[at.keys].view(k.shape), out=output[at.queries].view(q.shape))
+                weights.append(weight)
+            packed = output.index_select(0, plan.query_place).view(num_queries, H, E)
+            log_sum = top.sub_(share.log_()).index_select(0, plan.query_place).view(num_queries, H)
+        ctx.save_for_backward(query, key, value, packed, *weights)
+        ctx.plan, ctx.scale, ctx.shapes = plan, scale, (query_QHE.shape, key_SHE.shape)
+        return packed, log_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_output_QHE, grad_sum_QH = grads
-        scaled_QHE, key_SHE, value_SHE, output_QHE, *weights = ctx.saved_tensors
-        query_lengths, key_lengths = ctx.lengths
-        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (scaled_QHE, key_SHE, value_SHE))
-        with torch.autocast(scaled_QHE.device.type, enabled=False):
+        grad_packed, grad_log_sum = grads
+        query, key, value, packed, *weights = ctx.saved_tensors
+        plan: AttentionPlan = ctx.plan
+        with torch.autocast(query.device.type, enabled=False):
             # d score = weight * (d weight - delta), with the log-sum-exp's own gradient folded into delta.
-            delta_QH = (grad_output_QHE * output_QHE).sum(-1).to(grad_sum_QH.dtype) - grad_sum_QH
-            by_query = [_per_request(x, query_lengths) for x in (scaled_QHE, grad_output_QHE, grad_query)]
-            by_key = [_per_request(x, key_lengths) for x in (key_SHE, value_SHE, grad_key, grad_value)]
-            remaining = iter(weights)
-            rows = zip(*by_query, *by_key, delta_QH.to(scaled_QHE.dtype).split(query_lengths), strict=True)
-            for query_HQE, grad_output_HQE, grad_query_HQE, key_HSE, value_HSE, grad_key_HSE, grad_value_HSE, delta in \
-                    rows:
-                if query_HQE.shape[1] == 0 or key_HSE.shape[1] == 0:
-                    continue
-                weight_HQS = next(remaining)
-                grad_value_HSE.copy_(torch.bmm(weight_HQS.transpose(1, 2), grad_output_HQE))
-                grad_score_HQS = torch.bmm(grad_output_HQE, value_HSE.transpose(1, 2))
-                grad_score_HQS.sub_(delta.T.unsqueeze(-1)).mul_(weight_HQS)
-                grad_query_HQE.copy_(torch.bmm(grad_score_HQS, key_HSE))
-                grad_key_HSE.copy_(torch.bmm(grad_score_HQS.transpose(1, 2), query_HQE))
-            grad_query.mul_(ctx.scale)
-        return grad_query, grad_key, grad_value, None, None, None
+            delta_QH = (grad_packed * packed).sum(-1).to(grad_log_sum.dtype) - grad_log_sum
+            delta = delta_QH.to(query.dtype).flatten().index_select(0, plan.query_source)
+            grad_output = _gather(grad_packed.to(query.dtype), plan.query_source)
+            if plan.query_padding.numel():
+                delta.index_fill_(0, plan.query_padding, 0.0)
+                grad_output.index_fill_(0, plan.query_padding, 0.0)
+            grad_query, grad_key, grad_value = (_with_zero_row(each) for each in (query, key, value))
+            for (_, at, q, k), weight in zip(_walk(plan, query, key), weights, strict=True):
+                grad_o = grad_output[at.queries].view(q.shape)
+                torch.bmm(weight.transpose(1, 2), grad_o, out=grad_value[at.keys].view(k.shape))
+                grad_score = torch.bmm(grad_o, value[at.keys].view(k.shape).transpose(1, 2))
+                grad_score.sub_(delta[at.queries].view(q.shape[:2]).unsqueeze(-1)).mul_(weight)
+                torch.bmm(grad_score, k, out=grad_query[at.queries].view(q.shape))
+                torch.bmm(grad_score.transpose(1, 2), q, out=grad_key[at.keys].view(k.shape))
+            query_shape, key_shape = ctx.shapes
+            return (grad_query.index_select(0, plan.query_place).mul_(ctx.scale).view(query_shape),
+                    grad_key.index_select(0, plan.key_place).view(key_shape),
+                    grad_value.index_select(0, plan.key_place).view(key_shape), None)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Rows of one group in the padded layout."""
+
+    queries: slice
+    keys: slice
+
+
+def _walk(plan: AttentionPlan, query: Tensor, key: Tensor) -> list[tuple[Group, _Span, Tensor, Tensor]]:
+    """Each group with its rows and its queries and keys, (requests x heads) x rows x E."""
+    walk, query_at, key_at = [], 0, 0
+    for group in plan.groups:
+        batch = group.size * plan.num_heads
+        span = _Span(slice(query_at, query_at + batch * group.num_queries),
+                     slice(key_at, key_at + batch * group.num_keys))
+        walk.append((group, span, query[span.queries].view(batch, group.num_queries, -1),
+                     key[span.keys].view(batch, group.num_keys, -1)))
+        query_at, key_at = span.queries.stop, span.keys.stop
+    return walk
+
+
+def _gather(rows_NHE: Tensor, source: Tensor) -> Tensor:
+    return rows_NHE.reshape(-1, rows_NHE.shape[-1]).index_select(0, source)
+
+
+def _with_zero_row(rows: Tensor) -> Tensor:
+    """An uninitialised buffer like ``rows`` with a row of zeros behind it, for packed rows that are in no group."""
+    buffer = rows.new_empty(rows.shape[0] + 1, rows.shape[1])
+    buffer[-1] = 0.0
+    return buffer
+
+
+def _hide(score: Tensor, group: Group, plan: AttentionPlan) -> None:
+    """Mask in place. Rows stand at the end of the padded layout, so one triangle serves the whole group."""
+    if plan.causal and group.num_queries > 1:
+        later = torch.ones(group.num_queries, group.num_queries, dtype=torch.bool, device=score.device).triu_(1)
+        score[..., -group.num_queries:].masked_fill_(later, -math.inf)
+    if group.padding is not None:
+        by_request = score.view(group.size, plan.num_heads, group.num_queries, group.num_keys)
+        # Finite: a padded query above the first key would otherwise see nothing and give NaN.
+        by_request.masked_fill_(group.padding[:, None, None, :], torch.finfo(score.dtype).min)
 
 
 def _score_dtype(dtype: torch.dtype) -> torch.dtype:
     """Scores and their softmax are never computed below fp32."""
     return dtype if dtype == torch.float64 else torch.float32
-
-
-def _per_request(rows: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
-    """Views H x rows x E of packed rows x H x E, one per request."""
-    return rows.transpose(0, 1).split(lengths, dim=1)
-
-
-def _hide_later(score_HQS: Tensor) -> None:
-    """Bottom-right causal mask in place: only the newest Q columns can be later than a query."""
-    num_queries, num_keys = score_HQS.shape[1:]
-    last = score_HQS.narrow(2, num_keys - num_queries, num_queries)
-    last.masked_fill_(_later_mask(num_queries, score_HQS.device), -math.inf)
-
-
-def _later_mask(num_queries: int, device: torch.device) -> Tensor:
-    return torch.ones(num_queries, num_queries, dtype=torch.bool, device=device).triu_(1)

@@ -6,6 +6,8 @@ side groups its events into runs, one per distinct value, so a candidate costs a
 ever made. Id 0, out-of-vocabulary, matches nothing. A basket is the set of a history's events at one time.
 """
 
+from typing import Literal
+
 import pydantic
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,8 @@ class InteractionConfig(Config):
     context: tuple[str, ...] = pydantic.Field((), description="item features whose embeddings join, e.g. popularity")
     hidden: tuple[int, ...] = pydantic.Field((128, 64), min_length=1)
     dropout: float = pydantic.Field(0.0, ge=0.0, lt=1.0)
-    token: bool = pydantic.Field(True, description="a global token of the candidate")
+    token: Literal["own", "added", "none"] = pydantic.Field(
+        "own", description="a global token of its own, added to the candidate's token (half the work), or neither")
     to_head: bool = pydantic.Field(True, description="straight into the head as well")
 
 

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longer_rec.model.attention import attend, merge_own
+from longer_rec.model.attention import attend
+from longer_rec.model.attention_plan import plan_attention
 from longer_rec.model.jagged import newest_rows
 from longer_rec.model.norms import NormKind, build_norm
+from longer_rec.model.own_attention import merge_own
 from longer_rec.model.state import LayerCache
 
 
@@ -43,7 +45,8 @@ class CausalLayer(nn.Module):
             row = newest_rows(length_B, query_length_B, num_queries)
             token_SX, normed_SX = token_SX.index_select(0, row), normed_SX.index_select(0, row)
         query = self._heads(F.linear(normed_SX, self.qkv.weight[:X]))
-        mixed, _ = attend(query, cache.key_SHE, cache.value_SHE, query_length_B, length_B, causal=True)
+        plan = plan_attention(query_length_B, length_B, self.num_heads, causal=True)
+        mixed, _ = attend(query, cache.key_SHE, cache.value_SHE, plan)
         return self._finish(token_SX, mixed.flatten(1)), cache
 
     def score(self, token_CGX: Tensor, cache: LayerCache, num_candidates_B: Tensor) -> Tensor:
@@ -51,8 +54,8 @@ class CausalLayer(nn.Module):
         C, G, X = token_CGX.shape
         qkv = self.qkv(self.attention_norm(token_CGX)).view(C, G, 3, self.num_heads, self.head_width)
         query_CGHE, key_CGHE, value_CGHE = qkv.unbind(2)
-        shared, log_sum = attend(query_CGHE.flatten(0, 1), cache.key_SHE, cache.value_SHE, num_candidates_B * G,
-                                 cache.length_B, causal=False)
+        plan = plan_attention(num_candidates_B * G, cache.length_B, self.num_heads, causal=False)
+        shared, log_sum = attend(query_CGHE.flatten(0, 1), cache.key_SHE, cache.value_SHE, plan)
         mixed_CGHE = merge_own(shared, log_sum, query_CGHE, key_CGHE, value_CGHE)
         return self._finish(token_CGX, mixed_CGHE.reshape(C, G, X))
 

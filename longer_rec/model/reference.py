@@ -5,7 +5,6 @@ layers under one explicit mask. Tests compare outputs and gradients.
 """
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,9 +40,9 @@ def one_request(user: UserSide, request: int, max_events: int) -> UserSide:
 
 def one_candidate(candidates: CandidateSide, row: int) -> CandidateSide:
     """Candidate ``row`` alone in a request."""
-    return replace(candidates, dense_CF=candidates.dense_CF[row:row + 1], embedding={name: value[row:row + 1] for name, value in candidates.embedding.items()},
-                   id={name: value[row:row + 1] for name, value in candidates.id.items()},
-                   length_B=torch.tensor([1]))
+    return CandidateSide({name: value[row:row + 1] for name, value in candidates.embedding.items()},
+                         {name: value[row:row + 1] for name, value in candidates.id.items()},
+                         candidates.dense_CF[row:row + 1], torch.tensor([1]))
 
 
 def _one_candidate(tower: LongerTower, user: UserSide, candidate: CandidateSide) -> Tensor:
@@ -53,8 +52,10 @@ def _one_candidate(tower: LongerTower, user: UserSide, candidate: CandidateSide)
     own, head_inputs = [_candidate_token(tower, candidate)], []
     if tower.interaction is not None:
         hidden = _interaction(tower.interaction, user, candidate)
-        if tower.interaction.config.token:
+        if config.num_candidate_tokens == 2:
             own.insert(0, tower.interaction_token(hidden))
+        elif tower.interaction.config.token == "added":
+            own[0] = own[0] + tower.interaction_token(hidden)
         if tower.interaction.config.to_head:
             head_inputs.append(hidden)
     num_events, num_globals, num_own = merged_MX.shape[0], globals_GX.shape[0], len(own)

@@ -1,0 +1,104 @@
+"""How the attention of a batch is laid out: requests of similar size are padded to each other.
+
+Candidates per request and history lengths are skewed, so padding to the batch's longest multiplies the work, while a
+pass per request pays for a dozen small kernels each. Groups of similar requests lie between the two.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# What one more group costs (its dozen kernel calls, forward and backward), in elements of the score matrix. Between 10
+# and 20 thousand is best for histories of 0 - 1000 events and 5 - 500 candidates: 31 ms for the four attentions of a
+# two-layer tower and 32 requests, 56 ms at exact sizes (0), 50 ms at 80 thousand (one EPYC core, torch 2.13).
+GROUP_COST = 12_000
+
+
+@dataclass(frozen=True)
+class Group:
+    """Requests computed together; ``num_queries`` and ``num_keys`` are the longest ones, shorter stand at the end."""
+
+    size: int
+    num_queries: int
+    num_keys: int
+    # size x num_keys, True where there is no key; None when all are equally long.
+    padding: Tensor | None
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Which requests are padded to which, and where their rows go.
+
+    The padded layout is group after group, and in a group request, head, row. ``*_source`` gathers packed rows into
+    it, ``*_place`` finds a packed row in it (both in rows of one head, E wide), ``query_padding`` lists the rows that
+    hold no query. Requests without keys or queries are in no group, and their places point at a zero row.
+    """
+
+    groups: tuple[Group, ...]
+    query_source: Tensor
+    query_place: Tensor
+    query_padding: Tensor
+    key_source: Tensor
+    key_place: Tensor
+    num_heads: int
+    causal: bool
+
+
+def plan_attention(query_length_B: Tensor, key_length_B: Tensor, num_heads: int, causal: bool) -> AttentionPlan:
+    """Group requests so that padding costs less than the calls it saves."""
+    query_lengths, key_lengths = query_length_B.tolist(), key_length_B.tolist()  # host sync on GPU
+    device = query_length_B.device
+    members = _group_requests(query_lengths, key_lengths, num_heads)
+    groups = []
+    for requests in members:
+        lengths = [key_lengths[request] for request in requests]
+        longest = max(lengths)
+        padding = None
+        if min(lengths) < longest:
+            missing = longest - torch.tensor(lengths, device=device)
+            padding = torch.arange(longest, device=device) < missing.unsqueeze(1)
+        groups.append(Group(len(requests), max(query_lengths[request] for request in requests), longest, padding))
+    query_source, query_place, query_padding = _layout(query_lengths, members, num_heads)
+    key_source, key_place, _ = _layout(key_lengths, members, num_heads)
+    return AttentionPlan(tuple(groups), query_source.to(device), query_place.to(device), query_padding.to(device),
+                         key_source.to(device), key_place.to(device), num_heads, causal)
+
+
+def _group_requests(query_lengths: Sequence[int], key_lengths: Sequence[int], num_heads: int) -> list[list[int]]:
+    """Greedy over requests sorted by work: the next one joins while that wastes less than a group costs."""
+    work = [queries * keys * num_heads for queries, keys in zip(query_lengths, key_lengths, strict=True)]
+    order = sorted((request for request, size in enumerate(work) if size), key=lambda request: -work[request])
+    members: list[list[int]] = []
+    queries = keys = padded = 0
+    for request in order:
+        wider, longer = max(queries, query_lengths[request]), max(keys, key_lengths[request])
+        together = (len(members[-1]) + 1) * wider * longer * num_heads if members else 0
+        if members and together - padded - work[request] < GROUP_COST:
+            members[-1].append(request)
+            queries, keys, padded = wider, longer, together
+        else:
+            members.append([request])
+            queries, keys, padded = query_lengths[request], key_lengths[request], work[request]
+    return members
+
+
+def _layout(lengths: Sequence[int], members: list[list[int]], num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``source``, ``place`` and ``padding`` of ``AttentionPlan`` for rows of the given lengths."""
+    length_B = torch.tensor(lengths, dtype=torch.int64)
+    order = torch.tensor([request for requests in members for request in requests], dtype=torch.int64)
+    longest = torch.tensor([max(lengths[request] for request in requests) for requests in members for _ in requests],
+                           dtype=torch.int64)
+    cells = longest * num_heads
+    per_cell = torch.stack([cells.cumsum(0) - cells, longest, longest - length_B[order],
+                            (length_B.cumsum(0) - length_B)[order]])
+    first, longest, missing, start = per_cell.repeat_interleave(cells, dim=1)
+    within = torch.arange(first.numel()) - first
+    head = within // longest.clamp(min=1)
+    position = within - head * longest - missing
+    source = (start + position).mul_(num_heads).add_(head).masked_fill_(position < 0, -1)
+    held = (source >= 0).nonzero().squeeze(1)
+    place = torch.full((int(length_B.sum()) * num_heads,), source.numel())
+    place[source[held]] = held
+    return source.clamp(min=0), place, (source < 0).nonzero().squeeze(1)
