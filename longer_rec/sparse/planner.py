@@ -139,12 +139,18 @@ def _explicit(collections: Mapping[str, Collection], config: SparseConfig, world
         reason = allowed_types(pooled, config, world.device)[types[table.name]]
         if reason:
             raise ConfigError(f"sparse.plan: table {table.name!r} cannot be {types[table.name]}: {reason}")
-        shards = _shards(types[table.name], table.name, table.num_embeddings, table.embedding_dim, load)
-        for shard in shards:
-            load[shard.rank] += shard.sizes[0] * shard.sizes[1]
-        plans[path, table.name] = _table_plan(path, table, pooled, types[table.name], config.kernel, shards, config,
-                                              world.size)
+        plans[path, table.name] = place_table(path, collection, table, types[table.name], config, load)
     return [plans[path, table.name] for path, _, table in every]
+
+
+def place_table(path: str, collection: Collection, table: Any, sharding_type: str, config: SparseConfig,
+                load: list[int]) -> TablePlan:
+    """Place one table; ``load`` is the number of values that each rank holds already, and is added to."""
+    shards = _shards(sharding_type, table.name, table.num_embeddings, table.embedding_dim, load)
+    for shard in shards:
+        load[shard.rank] += shard.sizes[0] * shard.sizes[1]
+    pooled = isinstance(collection, EmbeddingBagCollection)
+    return _table_plan(path, table, pooled, sharding_type, config.kernel, shards, config, len(load))
 
 
 def _shards(sharding_type: str, table: str, rows: int, dim: int, load: list[int]) -> list[Shard]:
