@@ -34,8 +34,8 @@ class InteractionConfig(Config):
     context: tuple[str, ...] = pydantic.Field((), description="item features whose embeddings join, e.g. popularity")
     hidden: tuple[int, ...] = pydantic.Field((128, 64), min_length=1)
     dropout: float = pydantic.Field(0.0, ge=0.0, lt=1.0)
-    token: Literal["own", "added", "none"] = pydantic.Field(
-        "own", description="a global token of its own, added to the candidate's token (half the work), or neither")
+    placement: Literal["token", "added", "none"] = pydantic.Field(
+        "token", description="a global token of its own, added to the candidate's token (half the work), or neither")
     to_head: bool = pydantic.Field(True, description="straight into the head as well")
 
 

@@ -59,7 +59,7 @@ class TowerConfig(Config):
 
     @property
     def num_candidate_tokens(self) -> int:
-        return 2 if self.interaction is not None and self.interaction.token == "own" else 1
+        return 2 if self.interaction is not None and self.interaction.placement == "token" else 1
 
 
 class LongerTower(nn.Module):
@@ -80,7 +80,7 @@ class LongerTower(nn.Module):
             for _ in range(1 + config.num_self_layers))
         self.final_norm = build_norm(config.norm_kind, X)
         self.interaction, interaction_width = build_interaction(config.interaction, widths)
-        if config.interaction is not None and config.interaction.token != "none":
+        if config.interaction is not None and config.interaction.placement != "none":
             self.interaction_token = nn.Linear(interaction_width, X)
         has_ids = config.head.id_scale > 0
         candidate_width = config.num_candidate_tokens * X + has_ids * sum(widths.item.values()) + widths.num_item_dense
@@ -125,7 +125,7 @@ class LongerTower(nn.Module):
             hidden = self.interaction.score(state.matches, candidates)
             if self.config.num_candidate_tokens == 2:
                 tokens.insert(0, self.interaction_token(hidden).to(token_CX.dtype))
-            elif self.interaction.config.token == "added":
+            elif self.interaction.config.placement == "added":
                 tokens = [token_CX + self.interaction_token(hidden)]
             if self.interaction.config.to_head:
                 parts.append(hidden)

@@ -54,7 +54,7 @@ def _one_candidate(tower: LongerTower, user: UserSide, candidate: CandidateSide)
         hidden = _interaction(tower.interaction, user, candidate)
         if config.num_candidate_tokens == 2:
             own.insert(0, tower.interaction_token(hidden))
-        elif tower.interaction.config.token == "added":
+        elif tower.interaction.config.placement == "added":
             own[0] = own[0] + tower.interaction_token(hidden)
         if tower.interaction.config.to_head:
             head_inputs.append(hidden)

@@ -68,8 +68,8 @@ VARIANTS = {
     "rms norm": {"norm_kind": "rms"},
     "projection MLP": {"projection_hidden": 6},
     "no raw ids in the head": {"head": {"id_scale": 0.0, "hidden": ()}},
-    "interaction in the head alone": {"interaction": {"token": "none", "hidden": (4,)}},
-    "interaction added to the candidate": {"interaction": {"token": "added", "hidden": (4,)}},
+    "interaction in the head alone": {"interaction": {"placement": "none", "hidden": (4,)}},
+    "interaction added to the candidate": {"interaction": {"placement": "added", "hidden": (4,)}},
     "interaction as token alone": {"interaction": {"to_head": False, "fields": ("category",), "hidden": (4,)}},
 }
 

@@ -1,0 +1,111 @@
+"""Floating-point operations: the paper's formulas, and the exact matmuls of our tower.
+
+A multiply and an add count as two. ``tower_flops`` counts what ``torch.utils.flop_counter`` counts, matmuls alone,
+for one forward pass; backward does twice that. Padding within attention groups is not in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+from longer_rec.model.inputs import InputWidths
+from longer_rec.model.interaction import num_statistics
+from longer_rec.model.longer import TowerConfig
+
+
+def encoder_layer_flops(num_tokens: int, width: int) -> int:
+    """24 L d^2 + 4 L^2 d: one encoder layer over a sequence (paper, section on token merge)."""
+    return 24 * num_tokens * width**2 + 4 * num_tokens**2 * width
+
+
+def encoder_layer_parameters(width: int) -> int:
+    """12 d^2 + 13 d, biases and two norms included."""
+    return 12 * width**2 + 13 * width
+
+
+def merged_layer_flops(num_tokens: int, width: int, merge_size: int) -> float:
+    """24 L K d^2 + 4 L^2 d / K: the same layer after merging K tokens into one."""
+    return 24 * num_tokens * merge_size * width**2 + 4 * num_tokens**2 * width / merge_size
+
+
+def merged_layer_parameters(width: int, merge_size: int) -> int:
+    """12 K^2 d^2 + 13 K d."""
+    return encoder_layer_parameters(merge_size * width)
+
+
+@dataclass(frozen=True)
+class TowerFlops:
+    """One forward pass by part; ``cross`` and ``self_layers`` hold both sides, user and candidates."""
+
+    input: int
+    merge: int
+    interaction: int
+    cross: int
+    self_layers: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+
+def tower_flops(config: TowerConfig, widths: InputWidths, num_tasks: int, history_lengths: Sequence[int],
+                candidate_counts: Sequence[int]) -> TowerFlops:
+    """FLOPs of scoring a batch of requests, from its lengths alone (histories as cut to the tower's L)."""
+    K, D, X, G = config.merge_size, config.width, config.merged_width, config.num_candidate_tokens
+    B, T, C = len(history_lengths), sum(history_lengths), sum(candidate_counts)
+    user_globals = int(config.user_token) + config.num_cls_tokens
+    merged = [-(-length // K) for length in history_lengths]
+    item, event = sum(widths.item.values()), sum(widths.event.values()) + config.age_width
+    user = sum(widths.user.values())
+    hidden = config.projection_hidden
+    first, second = hidden or D, hidden * D
+    inputs = 2 * (T * ((item + event) * first + second) + C * (item * first + second) + event * first)
+    inputs += 2 * B * config.user_token * (user + widths.num_dense + 1) * X
+    merge = 0
+    if config.inner_trans is not None:
+        inner = config.inner_trans
+        slots = sum(merged) * K
+        layer = slots * (4 * D * D + 2 * inner.ffn_multiple * D * D) + 2 * sum(merged) * K * K * D
+        merge = 2 * (inner.num_layers * layer + slots * D * D)
+    keys = [length + user_globals for length in merged]
+    layers = []
+    for depth in range(1 + config.num_self_layers):
+        is_last = depth == config.num_self_layers
+        kept = 0 if is_last and config.pooling == "globals" else config.num_queries
+        queries = [min(length - user_globals, kept) + user_globals for length in keys]
+        layers.append(_layer_flops(config, keys, queries, [G * count for count in candidate_counts]))
+        keys = queries
+    interaction, interaction_width = _interaction_flops(config, widths, C)
+    has_ids = config.head.id_scale > 0
+    candidate_in = G * X + has_ids * item + widths.num_item_dense
+    if config.interaction is not None and config.interaction.to_head:
+        candidate_in += interaction_width
+    user_in = (user_globals + (config.pooling == "globals+mean")) * X + has_ids * user + widths.num_dense
+    chain = [*config.head.hidden, num_tasks]
+    head = 2 * C * (candidate_in * chain[0] + _chain(chain)) + 2 * B * user_in * chain[0]
+    return TowerFlops(inputs, merge, interaction, layers[0], sum(layers[1:]), head)
+
+
+def _layer_flops(config: TowerConfig, keys: Sequence[int], queries: Sequence[int], own: Sequence[int]) -> int:
+    """Projections and FFN of the user's queries and the candidates' tokens; attention of both over the keys."""
+    X = config.merged_width
+    per_query = 2 * X * X + 2 * config.ffn_multiple * X * X
+    linear = 2 * (sum(keys) * 2 * X * X + sum(queries) * per_query + sum(own) * (2 * X * X + per_query))
+    return linear + 4 * X * sum(key * (query + rows) for key, query, rows in zip(keys, queries, own, strict=True))
+
+
+def _interaction_flops(config: TowerConfig, widths: InputWidths, num_candidates: int) -> tuple[int, int]:
+    interaction = config.interaction
+    if interaction is None:
+        return 0, 0
+    fields = interaction.fields or tuple(widths.item)
+    context = sum(widths.item[name] for name in interaction.context) + widths.num_item_dense
+    chain = [num_statistics(interaction, len(fields)) + context, *interaction.hidden]
+    if interaction.placement != "none":
+        chain.append(config.merged_width)
+    return 2 * num_candidates * _chain(chain), interaction.hidden[-1]
+
+
+def _chain(widths: Sequence[int]) -> int:
+    """Weights of a chain of linear layers."""
+    return sum(left * right for left, right in zip(widths[:-1], widths[1:], strict=True))

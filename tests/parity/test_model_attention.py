@@ -1,0 +1,99 @@
+"""Grouped attention and the own-token merge against their explicit twins, forward and gradients, in fp64."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from longer_rec.model import attention_plan
+from longer_rec.model.attention import attend, attend_ref
+from longer_rec.model.attention_plan import plan_attention
+from longer_rec.model.own_attention import merge_own, merge_own_ref
+
+# Keys and queries of each request: none of either, one, equal, few of many, many of few.
+CAUSAL = ([5, 0, 1, 9, 4, 9, 3], [2, 0, 1, 9, 4, 3, 0])
+FULL = ([5, 0, 1, 9, 4, 0, 7], [2, 3, 8, 1, 30, 0, 0])
+
+
+def _agree(fast: Callable[..., tuple[Tensor, ...]], slow: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> None:
+    given, wanted = fast(*inputs), slow(*inputs)
+    generator = torch.Generator().manual_seed(5)
+    losses = []
+    for left, right in zip(given, wanted, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
+        weight = torch.randn(right.shape, generator=generator, dtype=right.dtype)
+        finite = torch.isfinite(right.detach())
+        assert finite.any()
+        losses.append(((left[finite] * weight[finite]).sum(), (right[finite] * weight[finite]).sum()))
+    for left, right in zip(torch.autograd.grad(sum(loss[0] for loss in losses), inputs),
+                           torch.autograd.grad(sum(loss[1] for loss in losses), inputs), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-10)
+        assert left.abs().max() > 0
+
+
+@pytest.mark.parametrize("group_cost", [0, 40, 10**9], ids=["alone", "some together", "all together"])
+@pytest.mark.parametrize("num_heads", [1, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_equals_reference(monkeypatch: pytest.MonkeyPatch, causal: bool, num_heads: int, group_cost: int
+                                    ) -> None:
+    monkeypatch.setattr(attention_plan, "GROUP_COST", group_cost)
+    keys, queries = (torch.tensor(lengths) for lengths in (CAUSAL if causal else FULL))
+    torch.manual_seed(0)
+    inputs = [torch.randn(int(length.sum()), num_heads, 4, dtype=torch.float64, requires_grad=True)
+              for length in (queries, keys, keys)]
+    plan = plan_attention(queries, keys, num_heads, causal)
+    assert {0: len(plan.groups) > 3, 40: 1 < len(plan.groups) < 5, 10**9: len(plan.groups) == 1}[group_cost]
+    _agree(lambda q, k, v: attend(q, k, v, plan), lambda q, k, v: attend_ref(q, k, v, queries, keys, causal), *inputs)
+
+
+def test_queries_without_keys_give_zero_and_minus_infinity() -> None:
+    plan = plan_attention(torch.tensor([2, 1]), torch.tensor([0, 1]), 2, causal=False)
+    output, log_sum = attend(torch.randn(3, 2, 4), torch.randn(1, 2, 4), torch.randn(1, 2, 4), plan)
+    assert torch.equal(output[:2], torch.zeros(2, 2, 4))
+    assert (log_sum[:2] == -math.inf).all()
+    assert torch.isfinite(log_sum[2]).all()
+
+
+def test_nothing_to_attend_at_all() -> None:
+    plan = plan_attention(torch.tensor([0, 0]), torch.tensor([0, 3]), 2, causal=False)
+    empty, keys = torch.randn(0, 2, 4, requires_grad=True), torch.randn(3, 2, 4, requires_grad=True)
+    output, log_sum = attend(empty, keys, keys, plan)
+    (output.sum() + log_sum.sum()).backward()
+    assert output.shape == (0, 2, 4)
+    assert keys.grad is not None
+    assert torch.equal(keys.grad, torch.zeros(3, 2, 4))
+
+
+def test_large_scores_neither_overflow_nor_lose_the_log_sum() -> None:
+    query = torch.full((2, 1, 4), 40.0)
+    key = torch.cat([torch.full((1, 1, 4), 40.0), torch.full((1, 1, 4), -40.0)])
+    output, log_sum = attend(query, key, key, plan_attention(torch.tensor([2]), torch.tensor([2]), 1, causal=False))
+    assert torch.equal(output, key[:1].expand(2, 1, 4))
+    assert torch.equal(log_sum, torch.full((2, 1), 3200.0))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3])
+@pytest.mark.parametrize("unseen_history", [False, True])
+def test_own_tokens_equal_reference(num_tokens: int, unseen_history: bool) -> None:
+    torch.manual_seed(0)
+    C, H, E = 5, 2, 4
+    shared = torch.randn(C * num_tokens, H, E, dtype=torch.float64, requires_grad=True)
+    log_sum = torch.randn(C * num_tokens, H, dtype=torch.float64)
+    if unseen_history:
+        log_sum[:num_tokens] = -math.inf
+    log_sum.requires_grad_()
+    qkv = [torch.randn(C, num_tokens, H, E, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    _agree(lambda *inputs: (merge_own(*inputs),), lambda *inputs: (merge_own_ref(*inputs),), shared, log_sum, *qkv)
+
+
+def test_shared_and_own_keys_are_one_softmax() -> None:
+    torch.manual_seed(0)
+    E, keys = 4, torch.randn(6, 1, 4, dtype=torch.float64)
+    values, query = torch.randn(6, 1, E, dtype=torch.float64), torch.randn(1, 1, E, dtype=torch.float64)
+    plan = plan_attention(torch.tensor([1]), torch.tensor([5]), 1, causal=False)
+    output, log_sum = attend(query, keys[:5], values[:5], plan)
+    joined = merge_own(output, log_sum, query.unsqueeze(0), keys[5:].unsqueeze(0), values[5:].unsqueeze(0))
+    whole, _ = attend_ref(query, keys, values, torch.tensor([1]), torch.tensor([6]), causal=False)
+    torch.testing.assert_close(joined[0], whole, rtol=1e-12, atol=1e-12)

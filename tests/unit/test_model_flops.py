@@ -1,0 +1,69 @@
+"""FLOPs: the paper's check values, and a counted run."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from longer_rec.model.flops import (
+    encoder_layer_flops,
+    encoder_layer_parameters,
+    merged_layer_flops,
+    merged_layer_parameters,
+    tower_flops,
+)
+from longer_rec.model.layers import CausalLayer
+from longer_rec.model.tower import TowerConfig, build_tower
+from tests.reference.towers import WIDTHS, make_candidates, make_user
+
+# Equal lengths, so that grouped attention pads nothing; more events than positions, so that the cut is counted too.
+HISTORIES, CANDIDATES, MAX_EVENTS = [64, 64, 70], [9, 9, 9], 64
+
+
+def test_formulas_give_the_papers_figures() -> None:
+    assert encoder_layer_flops(2048, 32) == pytest.approx(587e6, rel=0.001)
+    assert merged_layer_flops(2048, 32, 4) == pytest.approx(336e6, rel=0.002)
+    assert merged_layer_flops(2048, 32, 8) == pytest.approx(470e6, rel=0.001)
+    assert merged_layer_flops(2048, 32, 4) / encoder_layer_flops(2048, 32) == pytest.approx(1 - 0.428, abs=0.001)
+    assert merged_layer_flops(2048, 32, 1) == encoder_layer_flops(2048, 32)
+    assert merged_layer_parameters(32, 4) == 12 * 16 * 32**2 + 13 * 4 * 32
+
+
+def test_parameter_formula_equals_our_layer_up_to_its_biases() -> None:
+    # Ours has no bias on q, k, v and the output projection: 4 d fewer.
+    layer = CausalLayer(32, 2, 4, 0.0, "layer", 2.0)
+    assert sum(each.numel() for each in layer.parameters()) == encoder_layer_parameters(32) - 4 * 32
+
+
+CONFIGS = {
+    "plain": {},
+    "no merge": {"merge_size": 1, "num_heads": 2},
+    "merge 4 with InnerTrans": {"merge_size": 4, "inner_trans": {"num_layers": 2, "num_heads": 2}, "num_queries": 7},
+    "interaction token": {"interaction": {"context": ["item"]}},
+    "interaction added": {"interaction": {"placement": "added"}, "num_self_layers": 3},
+    "interaction in the head": {"interaction": {"placement": "none"}, "num_self_layers": 0},
+    "cls tokens and mean": {"num_cls_tokens": 2, "pooling": "globals+mean", "head": {"hidden": [16]}},
+    "projection MLP": {"projection_hidden": 24, "user_token": False, "num_cls_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("width", [8, 32])
+def test_flops_equal_a_counted_run(name: str, width: int) -> None:
+    config = TowerConfig.model_validate({"width": width, "num_queries": 10, **CONFIGS[name]})
+    tower = build_tower(config, WIDTHS, num_tasks=2, max_events=MAX_EVENTS)
+    user, candidates = make_user(HISTORIES, dtype=torch.float32), make_candidates(CANDIDATES, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tower.score(tower.encode(user), candidates)
+    flops = tower_flops(config, WIDTHS, 2, [min(length, MAX_EVENTS) for length in HISTORIES], CANDIDATES)
+    assert flops.total == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert all(part >= 0 for part in dataclasses.astuple(flops))
+    assert min(flops.input, flops.cross, flops.head) > 0
+
+
+def test_flops_of_an_empty_batch_are_zero_up_to_the_shared_projection() -> None:
+    config = TowerConfig()
+    flops = tower_flops(config, WIDTHS, 1, [], [])
+    assert flops.cross == flops.head == flops.self_layers == flops.merge == 0
+    assert flops.input == 2 * (WIDTHS.event["quantity"] + config.age_width) * config.width
