@@ -10,8 +10,8 @@ from torch import Tensor
 
 from longer_rec.batch import RequestBatch
 from longer_rec.data.history import Dataset
-from longer_rec.data.partition import ranges
 from longer_rec.data.order import I64, hash_u64
+from longer_rec.data.partition import ranges
 from longer_rec.errors import DataError
 
 _MAX_DRAWS = 256
@@ -39,7 +39,8 @@ def make_batch(dataset: Dataset, rows: Any, *, max_events: int, epoch: Any = Non
     return RequestBatch(
         history=history, history_time_T=_tensor(dataset.events.take("time", at)), history_length_B=_tensor(length),
         candidates=_item_features(dataset, candidate_item),
-        candidate_dense_CF=torch.from_numpy(dataset.item_dense[candidate_item]), num_candidates_B=_tensor(num_candidates),
+        candidate_dense_CF=torch.from_numpy(dataset.item_dense[candidate_item]),
+        num_candidates_B=_tensor(num_candidates),
         label_CY=torch.from_numpy(label.astype(np.float32)).unsqueeze(1), users=users, user_length_B=user_length,
         user_dense_BF=torch.zeros(len(row_B), 0), request_time_B=_tensor(request["time"]), request_row_B=_tensor(row_B))
 

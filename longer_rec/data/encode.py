@@ -87,13 +87,14 @@ def as_ids(raw: pl.Series, what: str) -> pl.Series:
     if raw.dtype.is_integer():
         wide = raw.cast(pl.Int64, strict=False)
         if wide.null_count() > raw.null_count():
-            raise DataError(f"{what}: {raw.max()} exceeds 2^63 - 1; use text for such ids")
+            raise DataError(f"{what}: {raw.max()!r} exceeds 2^63 - 1; use text for such ids")
         return wide
     if raw.dtype == pl.Boolean:
         return raw.cast(pl.Int64)
     if raw.dtype in (pl.String, pl.Categorical, pl.Enum):
         return raw.cast(pl.String)
-    raise DataError(f"{what}: ids are integers or text, these are {raw.dtype}; convert the column")
+    kind = "bytes that are not UTF-8 text" if raw.dtype == pl.Binary else raw.dtype
+    raise DataError(f"{what}: ids are integers or text, these are {kind}; convert the column")
 
 
 def as_numbers(raw: pl.Series, what: str) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -13,9 +13,9 @@ import pyarrow as pa
 from longer_rec.data.describe import LogConfig
 from longer_rec.data.encode import Encoder, load_encoders
 from longer_rec.data.files import naming_file
-from longer_rec.data.partition import SPLITS
 from longer_rec.data.manifest import read_manifest, verify_files
 from longer_rec.data.order import I64
+from longer_rec.data.partition import SPLITS
 from longer_rec.data.store import Array, ColumnTable, read_frame
 from longer_rec.errors import ConfigError
 from longer_rec.schema import Schema, load_schema
@@ -114,7 +114,7 @@ def open_dataset(path: Path, verify: bool = True) -> Dataset:
     summary = manifest["summary"]
     count = {name: sum(summary[name].values()) for name in ("events", "requests", "stored_candidates")}
     schema = load_schema(path / "schema.json")
-    items = _read_columns(path / "items.arrow")
+    items, users = _read_columns(path / "items.arrow"), _read_columns(path / "users.arrow")
     return Dataset(
         path, schema, LogConfig.model_validate(manifest["config"]), manifest,
         events=ColumnTable(path / "events.arrow", count["events"]),
@@ -125,7 +125,7 @@ def open_dataset(path: Path, verify: bool = True) -> Dataset:
         item_dense=np.stack([items[name].ids for name in schema.item_dense], axis=1, dtype=np.float32)
         if schema.item_dense else np.zeros((len(items["count"].ids), 0), np.float32),
         item_count=items["count"].ids,
-        users={feature.name: _read_columns(path / "users.arrow")[feature.name] for feature in schema.user_features})
+        users={feature.name: users[feature.name] for feature in schema.user_features})
 
 
 def _read_columns(path: Path) -> dict[str, UserColumn]:

@@ -1,7 +1,7 @@
 """Batches in background processes: for training by logical worker, for evaluation in fixed blocks."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pydantic
@@ -13,7 +13,8 @@ from longer_rec.data.batches import make_batch
 from longer_rec.data.history import Dataset
 from longer_rec.data.order import sample_positions, sample_rows
 from longer_rec.data.transport import PackedBatches, pack_batches, unpack_batches
-from longer_rec.errors import ConfigError
+from longer_rec.errors import ConfigError, LongerRecError
+
 
 class DataConfig(Config):
     """Where the prepared data lies, and how batches are cut from it."""
@@ -96,7 +97,8 @@ class EvalLoader:
     def make_block(self, block: int) -> RequestBatch:
         """A validated block, in this process."""
         size = self._config.eval_batch_requests
-        batch = make_batch(self._dataset, self._rows[block * size:(block + 1) * size], max_events=self._config.max_events)
+        rows = self._rows[block * size:(block + 1) * size]
+        batch = make_batch(self._dataset, rows, max_events=self._config.max_events)
         validate_batch(batch, self._dataset.schema)
         return batch
 
@@ -108,17 +110,20 @@ class EvalLoader:
         return ((block, batch) for block, (batch,) in zip(self._blocks, batches, strict=True))
 
 
-class _Made(torch.utils.data.Dataset[PackedBatches]):
+class _Made(torch.utils.data.Dataset[PackedBatches | LongerRecError]):
     """A function as the map-style dataset that torch's DataLoader wants."""
 
     def __init__(self, make: Callable[[int], list[RequestBatch]]) -> None:
         self._make = make
 
-    def __getitem__(self, index: int) -> PackedBatches:
-        return pack_batches(self._make(index))
+    def __getitem__(self, index: int) -> PackedBatches | LongerRecError:
+        try:
+            return pack_batches(self._make(index))
+        except LongerRecError as error:
+            return error  # raised there, as it is: torch would wrap it into a traceback of many lines
 
 
-def _background(make: Callable[[int], list[RequestBatch]], indices: range,
+def _background(make: Callable[[int], list[RequestBatch]], indices: Sequence[int],
                 config: DataConfig) -> Iterator[list[RequestBatch]]:
     """``make`` of each index, in order, ahead of time in ``loader_processes`` processes."""
     if config.loader_processes == 0 or len(indices) == 0:
@@ -126,6 +131,9 @@ def _background(make: Callable[[int], list[RequestBatch]], indices: range,
         return
     loader = torch.utils.data.DataLoader(
         _Made(make), batch_size=None, sampler=indices, num_workers=config.loader_processes,
-        multiprocessing_context="fork", prefetch_factor=max(config.prefetch_batches // config.loader_processes, 1))
+        multiprocessing_context="fork", prefetch_factor=max(config.prefetch_batches // config.loader_processes, 1),
+        generator=torch.Generator())  # its own: the trainer's random state must not depend on how data is loaded
     for packed in loader:
+        if isinstance(packed, LongerRecError):
+            raise packed
         yield unpack_batches(packed)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from longer_rec.data.datasets import load_source
-from longer_rec.data.partition import SPLITS, Cuts, TimeHistogram, view_partition
 from longer_rec.data.manifest import MANIFEST, read_manifest, settings_hash, write_manifest
+from longer_rec.data.partition import SPLITS, Cuts, TimeHistogram, view_partition
 from longer_rec.data.sources import LogSource
 from longer_rec.data.spill import Spill, spill_log
 from longer_rec.data.statistics import TrainingCounts
@@ -22,8 +22,8 @@ from longer_rec.data.tables import write_tables
 from longer_rec.data.writer import write_store
 from longer_rec.errors import ConfigError, DataError
 
-_PARTITION_ROWS = 1 << 20
-_MAX_PARTITIONS = 512
+_PARTITION_ROWS = 1 << 18
+_MAX_PARTITIONS = 512  # each is an open file while the log is spilled
 
 
 def prepare(source: str, out: Path, *, overrides: Sequence[str] = ()) -> Path:
@@ -80,7 +80,7 @@ def _building(out: Path) -> Iterator[Path]:
 
 
 def _num_partitions(log: LogSource) -> int:
-    """A power of two that leaves about 2^20 rows in a partition."""
+    """A power of two that leaves about 2^18 rows in a partition."""
     rows = log.estimated_rows()
     return min(1 << max(math.ceil(math.log2(max(rows, 1) / _PARTITION_ROWS)), 0), _MAX_PARTITIONS)
 

@@ -49,11 +49,12 @@ class LogSource:
             return None
         columns = [entity.key, *(column for feature in entity.features for column in feature.source_columns)]
         frame = read_whole(entity.source, self.root, list(dict.fromkeys(columns)))
-        doubled = frame.filter(pl.col(entity.key).is_duplicated())
+        frame = frame.filter(pl.col(entity.key).is_not_null())
+        doubled = frame.filter(pl.col(entity.key).is_duplicated())[entity.key]
         if len(doubled):
-            raise DataError(f"{entity.source.files[0]}: {entity.key}={doubled[entity.key][0]!r} has "
-                            f"{doubled[entity.key].eq(doubled[entity.key][0]).sum()} rows; keep one row per {entity.key}")
-        return frame.filter(pl.col(entity.key).is_not_null())
+            raise DataError(f"{entity.source.files[0]}: {entity.key}={doubled[0]!r} has "
+                            f"{(doubled == doubled[0]).sum()} rows; keep one row per {entity.key}")
+        return frame
 
 
 def read_whole(config: FilesConfig, root: Path, columns: list[str]) -> pl.DataFrame:

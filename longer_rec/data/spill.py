@@ -86,7 +86,7 @@ class Spill:
         self._writers.clear()
 
     def sort(self, config: LogConfig) -> Iterator[pl.DataFrame]:
-        """Each partition into (user's hash, user, time, tie) order, in place; duplicates counted, dropped or refused."""
+        """Each partition into (user's hash, user, time, tie) order, in place; duplicates are dealt with."""
         for index in range(self.num_partitions):
             path = self.path(index)
             if path.exists():
@@ -128,8 +128,8 @@ def spill_log(source: LogSource, directory: Path, num_partitions: int) -> Spill:
     if counts.rows == 0:
         raise DataError(f"the log {config.name!r} has no valid rows; check the files and columns")
     if counts.bad_rows > config.max_bad_fraction * (counts.rows + counts.bad_rows):
-        raise DataError(f"{counts.bad_rows} of {counts.rows + counts.bad_rows} rows are bad, more than max_bad_fraction="
-                        f"{config.max_bad_fraction} (the first: {counts.bad_example}); mend the log")
+        raise DataError(f"{counts.bad_rows} of {counts.rows + counts.bad_rows} rows are bad, more than "
+                        f"max_bad_fraction={config.max_bad_fraction} (the first: {counts.bad_example}); mend the log")
     return spill
 
 
@@ -225,8 +225,8 @@ def _sort_frame(frame: pl.DataFrame, config: LogConfig, counts: LogCounts) -> pl
     rest = [name for name in frame.columns if name not in ("user_hash", "user", "time")]
     frame = frame.with_columns(tie=pl.Series(tie)).sort("user_hash", "user", "time", "tie", *rest, nulls_last=True)
     frame = frame.drop("tie")
-    repeated = frame.select((pl.struct("user", "item", "time").is_duplicated()
-                             & ~pl.struct("user", "item", "time").is_first_distinct())).to_series()
+    same = [pl.col(name) == pl.col(name).shift(1) for name in ("user", "item", "time")]  # equal rows are neighbours
+    repeated = frame.select(pl.all_horizontal(same).fill_null(False)).to_series()
     found = int(repeated.sum())
     counts.duplicate_rows += found
     if found and config.duplicates == "refuse":

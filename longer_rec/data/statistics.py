@@ -7,11 +7,12 @@ import polars as pl
 
 from longer_rec.data.describe import EntityConfig, FeatureConfig, LogConfig
 from longer_rec.data.encode import Bucketed, Encoder, Hashed, as_ids, as_lists, as_numbers, build_vocabulary
-from longer_rec.data.partition import Mask, Partition
+from longer_rec.data.hashing import hash_values
 from longer_rec.data.order import hash_u64
+from longer_rec.data.partition import Mask, Partition
 from longer_rec.errors import DataError
 
-_MERGE_ROWS = 1 << 22
+_MERGE_ROWS = 1 << 20
 _SAMPLE_ROWS = 1 << 19
 
 
@@ -23,7 +24,8 @@ class KeyedCounts:
     _parts: list[pl.DataFrame] = field(default_factory=list)
 
     def add(self, key: pl.Series, values: pl.DataFrame) -> None:
-        aggregates = [op for name in self.columns for op in (pl.col(name).min(), pl.col(name).max().alias(f"max {name}"))]
+        aggregates = [op for name in self.columns
+                      for op in (pl.col(name).min(), pl.col(name).max().alias(f"max {name}"))]
         frame = pl.DataFrame([key.alias("key"), *(values[name] for name in self.columns)])
         self._parts.append(frame.group_by("key").agg(pl.len().cast(pl.Int64).alias("count"), *aggregates))
         if sum(len(part) for part in self._parts) > _MERGE_ROWS:
@@ -88,7 +90,7 @@ class TrainingCounts:
         for name, counts in self._values.items():
             counts.add(frame[f"e:{name}"], frame)
         for name, sample in self._samples.items():
-            row_hash = hash_u64(frame["user_hash"].to_numpy(), frame["time"].to_numpy(), np.arange(len(frame)) % 64)
+            row_hash = hash_u64(frame["user_hash"].to_numpy(), frame["time"].to_numpy(), hash_values(frame["item"], 0))
             sample.add(row_hash, frame[f"e:{name}"].to_numpy())
 
     def items(self) -> pl.DataFrame:

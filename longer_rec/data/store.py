@@ -59,19 +59,21 @@ class ColumnWriter:
         self._pending = {name: [column[done:].copy()] for name, column in columns.items()}
 
     def _write(self, columns: Mapping[str, Array]) -> None:
-        self._writer.write_batch(pa.record_batch([pa.array(column) for column in columns.values()], schema=self._schema))
+        arrays = [pa.array(column) for column in columns.values()]
+        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
 
     def close(self) -> None:
-        rest = {name: np.concatenate([*parts, np.zeros(0, self._dtypes[name])]) for name, parts in self._pending.items()}
         missing = -self.num_rows % (1 << _BATCH_BITS) if self.num_rows > 1 << _BATCH_BITS else 0
         if self._num_pending or self.num_rows == 0:
-            self._write({name: np.concatenate([column, np.zeros(missing, column.dtype)]) for name, column in rest.items()})
+            self._write({name: np.concatenate([*parts, np.zeros(missing, self._dtypes[name])])
+                         for name, parts in self._pending.items()})
         self._writer.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         self.close()
 
 
@@ -96,7 +98,7 @@ class ColumnTable:
         return chunks[row >> _BATCH_BITS, row & ((1 << _BATCH_BITS) - 1)]
 
     def column(self, name: str) -> Array:
-        """A copy of the whole column: for counts and reports, not for batches."""
+        """The whole column, copied together where it has more than one batch: for reports, not for batches."""
         return self._columns[name].reshape(-1)[:self.num_rows]
 
 

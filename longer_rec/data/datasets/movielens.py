@@ -17,7 +17,8 @@ _PATH = "path"
 _DESCRIPTION: dict[str, Any] = {
     "name": "movielens",
     "description": "MovieLens (GroupLens). Task: which of the movies rated at one moment get 4 stars or more.",
-    "event_features": [{"name": "rating_bucket", "column": "rating", "type": "bucketed", "boundaries": [1, 2, 3, 3.5, 4, 4.5, 5]}],
+    "event_features": [{"name": "rating_bucket", "column": "rating", "type": "bucketed",
+                        "boundaries": [1, 2, 3, 3.5, 4, 4.5, 5]}],
     "candidates": {"kind": "rows"},
     "split": {"kind": "per_user", "fractions": [0.8, 0.1, 0.1]},
 }
@@ -35,7 +36,8 @@ def _describe(events: dict[str, Any], movies: dict[str, Any], user: str, item: s
 _LAYOUTS: dict[str, dict[str, Any]] = {
     "ratings.csv": _describe({"files": ["ratings.csv"]}, {"files": ["movies.csv"]}, "userId", "movieId", "movieId"),
     "ratings.dat": _describe(
-        {"files": ["ratings.dat"], "format": "csv", "separator": "::", "header": ["user", "item", "rating", "timestamp"],
+        {"files": ["ratings.dat"], "format": "csv", "separator": "::",
+         "header": ["user", "item", "rating", "timestamp"],
          "dtypes": {"user": "int", "item": "int", "rating": "float", "timestamp": "int"}},
         {"files": ["movies.dat"], "format": "csv", "separator": "::", "header": ["item", "title", "genres"],
          "dtypes": {"item": "int"}}, "user", "item", "item"),

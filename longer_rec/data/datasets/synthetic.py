@@ -42,8 +42,8 @@ class SyntheticConfig(Config):
         if self.plant_newest >= self.plant_oldest:
             raise ValueError(f"plant_newest={self.plant_newest} must be below plant_oldest={self.plant_oldest}")
         if self.events_per_user < self.plant_oldest + self.requests_per_user:
-            raise ValueError(f"events_per_user={self.events_per_user} must be at least plant_oldest + requests_per_user "
-                             f"= {self.plant_oldest + self.requests_per_user}")
+            raise ValueError(f"events_per_user={self.events_per_user} must be at least plant_oldest + "
+                             f"requests_per_user = {self.plant_oldest + self.requests_per_user}")
         return self
 
 
@@ -64,8 +64,9 @@ def load(overrides: Sequence[str] = ()) -> LogSource:
     """The generator with its sizes overridden."""
     sizes = build_config(SyntheticConfig, apply_overrides({}, overrides), "synthetic")
     config = build_config(LogConfig, _DESCRIPTION, "synthetic")
+    rows_per_user = sizes.events_per_user + sizes.requests_per_user * sizes.candidates
     return LogSource(config, root=Path(), generate=lambda: generate(sizes), settings=config_hash(sizes),
-                     generated_rows=sizes.num_users * (sizes.events_per_user + sizes.requests_per_user * sizes.candidates))
+                     generated_rows=sizes.num_users * rows_per_user)
 
 
 def generate(sizes: SyntheticConfig) -> Iterator[pl.DataFrame]:

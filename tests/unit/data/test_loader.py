@@ -1,0 +1,149 @@
+"""The loader delivers a function of (seed, step, worker), whoever asks and from wherever."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from longer_rec.batch import RequestBatch
+from longer_rec.data import loader as loader_module
+from longer_rec.data.batches import make_batch
+from longer_rec.data.history import Dataset
+from longer_rec.data.loader import DataConfig, EvalLoader, TrainLoader
+from longer_rec.data.transport import pack_batches, unpack_batches
+from longer_rec.errors import ConfigError, DataError
+from tests.unit.data.logs import prepared, random_log
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return prepared(tmp_path_factory.mktemp("log"), random_log(900))
+
+
+def config(dataset: Dataset, **changes: object) -> DataConfig:
+    return DataConfig(dir=dataset.path, **{"max_events": 9, "batch_requests": 7, "loader_processes": 0, **changes})
+
+
+def assert_same(first: RequestBatch, second: RequestBatch) -> None:
+    for field in fields(RequestBatch):
+        one, other = getattr(first, field.name), getattr(second, field.name)
+        pairs = [(one[key], other[key]) for key in one | other] if isinstance(one, dict) else [(one, other)]
+        for a, b in pairs:
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b), field.name
+
+
+def train(dataset: Dataset, workers: range, start: int = 0, steps: int = 6,
+          **changes: object) -> list[list[RequestBatch]]:
+    return list(TrainLoader(dataset, config(dataset, **changes), seed=5, num_workers=4, workers=workers,
+                            start_step=start, num_steps=steps))
+
+
+def test_any_grouping_of_workers_gets_the_same_batches(dataset: Dataset) -> None:
+    whole = train(dataset, range(4))
+    assert [len(step) for step in whole] == [4] * 6
+    for cuts in ([0, 2, 4], [0, 1, 2, 3, 4], [0, 3, 4]):
+        grouping = [range(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
+        parts = [train(dataset, workers) for workers in grouping]
+        for step in range(6):
+            joined = [batch for part in parts for batch in part[step]]
+            for first, second in zip(whole[step], joined, strict=True):
+                assert_same(first, second)
+
+
+def test_a_restart_continues_the_stream(dataset: Dataset) -> None:
+    whole, rest = train(dataset, range(4)), train(dataset, range(4), start=2, steps=4)
+    for first, second in zip(whole[2:], rest, strict=True):
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_background_processes_change_nothing(dataset: Dataset, processes: int) -> None:
+    here, there = train(dataset, range(1, 3)), train(dataset, range(1, 3), loader_processes=processes)
+    assert len(here) == len(there) == 6
+    for first, second in zip(here, there, strict=True):
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+
+
+def test_loading_leaves_the_random_state_alone(dataset: Dataset) -> None:
+    state = torch.random.get_rng_state()
+    train(dataset, range(4), loader_processes=1, steps=2)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_an_epoch_sees_each_request_once(dataset: Dataset) -> None:
+    total = dataset.num_requests("train")
+    steps = train(dataset, range(4), steps=total // 28 + 1)
+    rows = torch.cat([batch.request_row_B for step in steps for batch in step])
+    assert np.array_equal(np.sort(rows[:total].numpy()), np.asarray(dataset.split_rows("train")))
+
+
+def test_the_second_epoch_has_fresh_negatives_only_if_asked(dataset: Dataset) -> None:
+    for fresh in (True, False):
+        steps = train(dataset, range(4), steps=2 * dataset.num_requests("train") // 28, fresh_negatives=fresh)
+        seen: dict[int, list[list[int]]] = {}
+        for batch in (batch for step in steps for batch in step):
+            parts = batch.candidates["item"].split(batch.num_candidates_B.tolist())
+            for row, item in zip(batch.request_row_B.tolist(), parts, strict=True):
+                seen.setdefault(row, []).append(item.tolist())
+        twice = [items for items in seen.values() if len(items) == 2]
+        assert len(twice) > 100
+        same = np.mean([first == second for first, second in twice])
+        assert same < 0.2 if fresh else same == 1
+
+
+def test_evaluation_blocks_are_dealt_out_and_cover_the_split(dataset: Dataset) -> None:
+    test = dataset.split_rows("test")
+    settings = config(dataset, eval_batch_requests=5, loader_processes=1)
+    whole = dict(EvalLoader(dataset, "test", settings))
+    assert torch.cat([whole[block].request_row_B for block in range(len(whole))]).tolist() == list(test)
+    shards = [dict(EvalLoader(dataset, "test", settings, shard, 3)) for shard in range(3)]
+    assert sorted(block for shard in shards for block in shard) == list(range(len(whole)))
+    for shard in shards:
+        for block, batch in shard.items():
+            assert_same(batch, whole[block])
+    assert len(test) % 5 != 0
+
+
+def test_an_error_in_a_background_process_arrives_as_one_line(dataset: Dataset,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> RequestBatch:
+        raise DataError("request 3: spoiled; fetch it again")
+
+    monkeypatch.setattr(loader_module, "make_batch", fail)
+    with pytest.raises(DataError, match=r"^request 3: spoiled; fetch it again$"):
+        train(dataset, range(4), loader_processes=1)
+
+
+def test_workers_outside_the_logical_ones_are_refused(dataset: Dataset) -> None:
+    with pytest.raises(ConfigError, match="not within the 4 logical workers"):
+        train(dataset, range(3, 5))
+
+
+def test_packing_keeps_every_tensor(dataset: Dataset) -> None:
+    batches = [make_batch(dataset, rows, max_events=9) for rows in ([0, 5, 9], [2], [])]
+    for first, second in zip(batches, unpack_batches(pack_batches(batches)), strict=True):
+        assert_same(first, second)
+    assert batches[2].num_requests == 0
+
+
+def test_the_trainer_can_read_how_long_it_waited(dataset: Dataset) -> None:
+    loader = TrainLoader(dataset, config(dataset), seed=1, num_workers=1, workers=range(1), start_step=3, num_steps=2)
+    waits = [loader.wait_s for _ in loader]
+    assert len(waits) == len(loader) == 2
+    assert min(waits) > 0
+    assert loader.samples_consumed(5) == 35
+
+
+def test_the_epoch_stays_whole_when_batches_cross_its_end(tmp_path: Path) -> None:
+    small = prepared(tmp_path, random_log(60, num_users=2))
+    rows = torch.cat([batch.request_row_B for step in train(small, range(4), steps=9) for batch in step]).numpy()
+    total = small.num_requests("train")
+    assert total % 7 != 0
+    epochs = rows[:len(rows) // total * total].reshape(-1, total)
+    assert len(epochs) >= 3
+    assert np.array_equal(np.sort(epochs, axis=1), np.tile(np.arange(total), (len(epochs), 1)))
