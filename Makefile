@@ -12,7 +12,8 @@ NPROC  ?= $(if $(filter gpu,$(DEVICE)),$(shell nvidia-smi -L | wc -l),2)
 
 VENV  := .venv$(if $(filter-out 1.8.0,$(TORCHREC)),-torchrec-$(TORCHREC))
 BIN   := $(VENV)/bin
-STAMP := $(VENV)/.complete-$(DEVICE)
+COMMA := ,
+STAMP := $(VENV)/.complete-$(DEVICE)-$(subst $(COMMA),-,$(EXTRAS))
 
 # The shipped purchases are prepared when the configuration reads them from there.
 SHIPPED := data/completejourney

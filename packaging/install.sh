@@ -33,9 +33,9 @@ find_python() {
          "or name it: make PYTHON=/path/to/python3.12"
 }
 
-# Without a stamp of this very set, whatever lies there is unfinished or another set. CPU and GPU builds share
-# package directories, so one is never installed over the other.
-if [ ! -f "$stamp" ] || ! runs "$venv/bin/python"; then
+# Without a stamp of this device, whatever lies there is unfinished or another set. CPU and GPU builds share package
+# directories, so one is never installed over the other.
+if ! compgen -G "$venv/.complete-$device*" >/dev/null || ! runs "$venv/bin/python"; then
     python=$(find_python)
     echo "Making $venv ($("$python" -V), $device set, torchrec $torchrec); this takes a minute or two, once."
     "$python" -m venv --clear "$venv"
