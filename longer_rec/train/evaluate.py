@@ -1,17 +1,21 @@
 """Metrics of a split, computed by all ranks, exact and independent of their number."""
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch.nn.functional import pad
+from torch import Tensor
 
 from longer_rec.batch import RequestBatch
-from longer_rec.data.loader import DataConfig, EvalLoader, make_batch
+from longer_rec.data.batches import make_batch
 from longer_rec.data.history import Dataset
+from longer_rec.data.loader import DataConfig, EvalLoader
 from longer_rec.ranker import Ranker
 from longer_rec.runtime.distributed import World
 from longer_rec.train.metrics import evaluate_scores
 from longer_rec.train.precision import Precision, precision_context
+
+FloatArray = npt.NDArray[np.float64]
 
 
 @torch.no_grad()
@@ -35,13 +39,22 @@ def evaluate(ranker: Ranker, dataset: Dataset, split: str, config: DataConfig, w
         if block >= 0:
             scored.append((block, _columns(batch, logit_CY, dataset)))
     ranker.train(was_training)
-    gathered: list[list[tuple[int, np.ndarray]] | None] = [None] * world.size
+    gathered: list[list[tuple[int, FloatArray]] | None] = [None] * world.size
     dist.gather_object(scored, gathered if world.is_main else None)
     result: list[dict[str, float] | None] = [None]
     if world.is_main:
         in_order = sorted((entry for part in gathered for entry in part or ()), key=lambda entry: entry[0])
         label, logit, user = np.concatenate([columns for _, columns in in_order], axis=1)
-        result[0] = evaluate_scores(label, logit, user)
+        result[0] = evaluate_scores(label, logit, user.astype(np.int64))
     dist.broadcast_object_list(result)
     assert result[0] is not None
     return result[0]
+
+
+def _columns(batch: RequestBatch, logit_CY: Tensor, dataset: Dataset) -> FloatArray:
+    """Rows label, logit and user, a column per candidate and task; float64 holds a user's number exactly."""
+    user_B = dataset.requests.take("user", batch.request_row_B.numpy(force=True))
+    user_C = np.repeat(user_B, batch.num_candidates_B.numpy(force=True))
+    num_tasks = logit_CY.shape[1]
+    return np.stack([batch.label_CY.numpy(force=True).ravel().astype(np.float64),
+                     logit_CY.double().numpy(force=True).ravel(), np.repeat(user_C, num_tasks)])

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from longer_rec.checkpoint.manager import CheckpointManager
+from longer_rec.data.history import Dataset
 from longer_rec.model.inputs import InputWidths
 from longer_rec.model.tower import build_tower
 from longer_rec.ranker import Ranker
@@ -45,9 +47,19 @@ class ParallelRanker:
         return {**{f"model/{name}": value for name, value in model.items()},
                 **{f"optimizer/{name}": value for name, value in self.optimizer.state_dict().items()}}
 
+    def load_latest(self, checkpoints: CheckpointManager) -> dict[str, Any] | None:
+        """Fill weights and optimizer state from the newest whole checkpoint; its extra, or None without one."""
+        if checkpoints.latest() is None:
+            return None
+        # AdamW creates its state at the first step: without this it would not be loaded.
+        self.optimizer.init_state()
+        found = checkpoints.load_latest(self.state_dict())
+        return found[1] if found else None
 
-def parallelize(job: Job, schema: Schema, world: World, ids_per_request: Mapping[str, float]) -> ParallelRanker:
+
+def parallelize(job: Job, dataset: Dataset, world: World) -> ParallelRanker:
     """Build, plan, shard, fill. Tables and tower start as functions of the seed alone; a collective call."""
+    schema = dataset.schema
     # 1. Tables on the meta device: no rank ever holds all of them.
     tables = build_tables(schema, job.sparse, device="meta")
     # 2. The tower, the same on every rank.
@@ -55,13 +67,23 @@ def parallelize(job: Job, schema: Schema, world: World, ids_per_request: Mapping
     tower = build_tower(job.model, input_widths(schema, job), len(schema.tasks), job.data.max_events).to(world.device)
     ranker = Ranker(schema, tables, tower)
     # 3. Rank 0 plans for all; the plan covers every table.
-    plan = on_main(world, lambda: build_plan(ranker, job.sparse, world, job.data.batch_requests, ids_per_request))
+    plan = on_main(world, lambda: build_plan(ranker, job.sparse, world, job.data.batch_requests,
+                                             ids_per_request(dataset, job.data.max_events)))
     # 4. Tables sharded with their update rule inside backward; the tower stays replicated, its gradients ours.
     model = shard_ranker(ranker, plan, job.sparse, world.device)
     # 5. Rows filled by (seed, table, row), whatever shard they are in.
     initialize_tables(model, job.seed, job.sparse)
     # 6. AdamW for the tower beside the fused update of the tables.
     return ParallelRanker(model, RankerOptimizer(model, job.sparse, job.dense), plan)
+
+
+def ids_per_request(dataset: Dataset, max_events: int) -> dict[str, float]:
+    """Mean number of ids a request looks up, by key, from the data's own counts: what the planner weighs tables by."""
+    summary = dataset.summary
+    candidates = sum(summary["candidates"].values()) / max(1, sum(summary["requests"].values()))
+    history = min(max_events, summary["history_length"]["mean"])
+    return {**{f"history.{feature.name}": history for feature in dataset.schema.history_features},
+            **{f"candidates.{feature.name}": candidates for feature in dataset.schema.item_features}}
 
 
 def input_widths(schema: Schema, job: Job) -> InputWidths:

@@ -75,7 +75,7 @@ def _open_data(job: Job, world: World) -> Dataset:
 
 
 def _build_trainer(job: Job, dataset: Dataset, world: World, num_workers: int) -> Trainer:
-    parallel = parallelize(job, dataset.schema, world, dataset.summary["ids_per_request"])
+    parallel = parallelize(job, dataset, world)
     return Trainer(job, dataset, world, parallel, num_workers)
 
 

@@ -1,16 +1,20 @@
 """The directory of a run: what is in it, and whether it may be continued."""
 
 import datetime
+import importlib.metadata
 import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import longer_rec
 from longer_rec.config import dump_config, load_config
 from longer_rec.data.history import Dataset
 from longer_rec.errors import CheckpointError
-from longer_rec.runtime.machine import describe_machine
+from longer_rec.runtime.machine import machine_facts
 from longer_rec.train.job import Job, changed_keys
+
+_PACKAGES = ("torch", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchrec", "polars", "pyarrow")
 
 
 def open_run_dir(job: Job, dataset: Dataset, num_workers: int) -> None:
@@ -64,12 +68,20 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _describe_run(dataset: Dataset, num_workers: int) -> dict[str, Any]:
     return {
-        **describe_machine(),
+        "versions": {"longer_rec": longer_rec.__version__, **{name: _version(name) for name in _PACKAGES}},
+        "machine": machine_facts(),
         "git_commit": _git_commit(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "num_workers": num_workers,
         "data": {**dataset.summary, "fingerprint": dataset.fingerprint},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git_commit() -> str | None:

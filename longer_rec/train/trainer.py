@@ -80,6 +80,7 @@ class Trainer:
         tower_parameters = self.parallel.tower_parameters
         optimizer.set_lr_factor(warmup_cosine(self.step, self.num_steps, self.job.schedule.warmup_steps,
                                               self.job.schedule.final_factor))
+        optimizer.zero_grad()
         with self.clock.part("time_lookup_s"):
             lookup = ranker.lookup(concat_batches(batches))
         tree, sparse_gradients = SubtreeStack(), []
@@ -120,7 +121,7 @@ class Trainer:
     def fit(self, checkpoints: CheckpointManager, log: RunLog | None) -> None:
         """Train from the current step to the last one; logs, evaluates and saves on the way."""
         loader = TrainLoader(self.dataset, self.job.data, seed=self.job.seed, num_workers=self.num_workers,
-                             workers=self.workers, start_step=self.step, num_steps=self.num_steps)
+                             workers=self.workers, start_step=self.step, num_steps=self.num_steps - self.step)
         cadence = self.job.train
         with TrainProgress(self.num_steps, start=self.step, enabled=self.world.is_main) as progress:
             self.clock.take()
@@ -129,7 +130,7 @@ class Trainer:
                 self.step += 1
                 self._count_bad(result)
                 self._tally(batches)
-                self.clock.add("time_data_s", loader.take_wait_s())
+                self.clock.add("time_data_s", loader.wait_s)
                 if self.step % cadence.log_every == 0 or self.step == self.num_steps:
                     self._log_step(log, progress, result)
                 if self.step % cadence.eval_every == 0:
