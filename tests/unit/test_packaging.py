@@ -48,7 +48,7 @@ def test_the_stand_in_is_what_the_cpu_sets_ask_for():
 
 
 def test_the_readme_tells_the_versions_of_the_sets():
-    rows = re.findall(r"(?m)^\| (CPU|GPU) .*?\| (\S+) \| \S+ (\S+) \| (\S+) \|$", README)
+    rows = re.findall(r"(?m)^\| (CPU|GPU)\b.*?\| (\S+) \| \S+ (\S+) \| (\S+) \|$", README)
     assert len(rows) == len(SETS)
     told = {(device.lower(), torchrec): (torch, fbgemm) for device, torch, fbgemm, torchrec in rows}
     for path in SETS:
