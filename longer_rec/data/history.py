@@ -56,25 +56,6 @@ class Dataset:
         """Counts, rates and histograms for the report."""
         return {"name": self.manifest["name"], "description": self.manifest["description"], **self.manifest["summary"]}
 
-    def ids_per_request(self, max_events: int) -> dict[str, float]:
-        """Mean number of ids that a training request looks up, by "history.", "candidates." and "users." key."""
-        summary = self.manifest["summary"]
-        history = float(np.minimum(self._train_history_length, max_events).mean())
-        candidates = summary["candidates"]["train"] / max(summary["requests"]["train"], 1)
-        users = {name: 1.0 if column.offsets is None else len(column.ids) / max(len(column.offsets) - 1, 1)
-                 for name, column in self.users.items()}
-        return {**{f"history.{feature.name}": history for feature in self.schema.history_features},
-                **{f"candidates.{feature.name}": candidates for feature in self.schema.item_features},
-                **{f"users.{name}": count for name, count in users.items()}}
-
-    @property
-    def _train_history_length(self) -> I64:
-        """Of a hundred thousand training requests at even distances."""
-        train = self.split_rows("train")
-        row = np.asarray(train[::max(len(train) // 100_000, 1)], np.int64)
-        start = self.user_start.take("start", self.requests.take("user", row))
-        return np.asarray(self.requests.take("event_end", row) - start)
-
     def num_requests(self, split: str) -> int:
         return len(self.split_rows(split))
 

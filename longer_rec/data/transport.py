@@ -1,7 +1,7 @@
 """Batches between processes as one block of memory each step.
 
-torch hands every tensor over through a file descriptor of its own; with some 20 tensors a batch that costs the
-trainer 5 ms per batch of 32 requests, one block 0.3 ms (2-core cloud machine, torch 2.13, July 2025).
+torch hands every tensor over through a file descriptor of its own. With some 20 tensors in a batch of 32 requests
+that takes 4.3 ms of the trainer's CPU, one block takes 1.4 ms (2-core x86-64 machine, torch 2.13, November 2026).
 """
 
 from collections.abc import Iterator, Sequence
