@@ -129,7 +129,7 @@ def rank_bytes(held: Sequence[Sequence[float]]) -> str:
         left = np.zeros(num_ranks)
         for number, sizes in enumerate(held):
             axes.barh(np.arange(num_ranks), sizes, left=left, height=0.62,
-                      color=SERIES[min(number, len(SERIES) - 1)], edgecolor=PAPER, linewidth=1)
+                      color=SERIES[min(number, len(SERIES) - 1)], edgecolor=PAPER, linewidth=0.5)
             left += np.array(sizes, dtype=np.float64)
         for rank, total in enumerate(left):
             axes.annotate(f" {format_bytes(total)}", (total, rank), va="center", color=MUTED)

@@ -64,7 +64,7 @@ def headline(files: RunFiles) -> Section:
     if _points(train, "requests_per_s"):
         tiles.append(("requests/s", format_count(round(_mean(train, "requests_per_s")))))
     run, version = files.run, _version_of(files.run, "longer_rec")
-    ranks = run.get("world_size") or run.get("num_workers")
+    ranks = files.plan.get("world_size")
     origin = [
         str(run.get("started", ""))[:16].replace("T", " ") + " UTC" * str(run.get("started")).endswith("+00:00"),
         f"{ranks} rank{'s' if ranks != 1 else ''}" if ranks else "",
@@ -93,7 +93,7 @@ def results(files: RunFiles) -> Section | None:
                             for name in metrics]} for row in rows],
         "timed": any(row.get("train_s") for row in rows),
         "noted": any(row.get("note") for row in rows),
-        "about": ", ".join(counts),
+        "about": ", ".join(counts) + ("; the best of each column in bold" if len(rows) > 1 else ""),
     }
 
 

@@ -101,7 +101,7 @@ def read_page(directory):
 def test_a_whole_run_shows_every_figure(run_dir):
     page = read_page(run_dir)
     assert "first & last" in page.sections[""]
-    assert "2026-01-02 03:04 UTC · 2 ranks · commit 0123456789" in page.sections[""]
+    assert "2026-01-02 03:04 UTC · 3 ranks · commit 0123456789" in page.sections[""]
     assert "test AUC 0.7500" in page.sections[""]
     assert "601,224 candidates, 2,177 users" in page.sections["results"]
     assert "count 0.7100 0.7000 0.4300" in page.sections["results"]
