@@ -4,7 +4,9 @@ Four passes, of which the first alone sees the log: spill it in partitions of us
 training period; encode and write. Memory holds one partition and the vocabularies, never the log.
 """
 
+import fcntl
 import math
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,17 +68,36 @@ def _is_prepared(out: Path, key: str) -> bool:
 def _building(out: Path) -> Iterator[Path]:
     """``out.tmp``, which becomes ``out`` at the end and goes away on any error, an interrupt included."""
     directory = out.with_name(out.name + ".tmp")
-    shutil.rmtree(directory, ignore_errors=True)  # left by a killed process
     try:
-        directory.mkdir(parents=True)
-        yield directory
-        if out.exists():
-            out.rmdir()
-        directory.rename(out)
+        with _claimed(directory):
+            try:
+                yield directory
+                if out.exists():
+                    out.rmdir()
+                directory.rename(out)
+            finally:
+                shutil.rmtree(directory, ignore_errors=True)
     except OSError as error:
         raise DataError(f"cannot write {out}: {error}; free space or choose another --out") from None
+
+
+@contextmanager
+def _claimed(directory: Path) -> Iterator[None]:
+    """``directory``, empty, for this process alone: what a killed process left is cleared, a living one is refused."""
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{directory} is being written by another process; wait for it") from None
+        if not directory.exists() or os.fstat(handle).st_ino != directory.stat().st_ino:
+            raise ConfigError(f"{directory} has just been finished by another process; run again to use its result")
+        for child in directory.iterdir():
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+        yield
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        os.close(handle)
 
 
 def _num_partitions(log: LogSource) -> int:

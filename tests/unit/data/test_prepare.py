@@ -1,5 +1,8 @@
 """A prepared dataset says what the log says, whatever the order and division of its rows."""
 
+import fcntl
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +281,32 @@ def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
     (tmp_path / "out.tmp" / "spill" / "00000.arrow").write_bytes(b"half a file")
     open_dataset(prepare(str(path), tmp_path / "out"))
     assert not (tmp_path / "out.tmp").exists()
+
+
+def test_two_processes_do_not_write_the_same_dataset(tmp_path: Path) -> None:
+    path = write_log(tmp_path, random_log())
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "theirs").write_text("half a file")
+    handle = os.open(tmp_path / "out.tmp", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(ConfigError, match="is being written by another process; wait for it"):
+        prepare(str(path), tmp_path / "out")
+    assert (tmp_path / "out.tmp" / "theirs").exists()
+    os.close(handle)
+    open_dataset(prepare(str(path), tmp_path / "out"))
+
+
+@pytest.mark.parametrize("limit_bytes", [500, 3000, 10_000, 20_000])
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, limit_bytes: int) -> None:
+    path = write_log(tmp_path, random_log(5000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
+    try:
+        with pytest.raises(DataError, match=r"cannot write .*out: .*free space"):
+            prepare(str(path), tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["log.parquet", "log.yaml"]
 
 
 def test_every_damaged_file_is_named(tmp_path: Path) -> None:
