@@ -62,19 +62,22 @@ def evaluate(
 @app.command()
 def inspect(checkpoint: Annotated[Path, typer.Argument(help="checkpoint directory, or a run directory")]) -> None:
     """Tables, shapes, types and position of a checkpoint."""
-    from longer_rec.checkpoint.manager import inspect_checkpoint
+    from longer_rec.checkpoint.inspect import find_checkpoint, inspect_checkpoint, summary_lines
 
-    typer.echo(inspect_checkpoint(checkpoint))
+    typer.echo("\n".join(summary_lines(inspect_checkpoint(find_checkpoint(checkpoint)))))
 
 
 @app.command()
 def diff(first: Path, second: Path) -> None:
-    """Which tensors of two checkpoints differ; exit code 1 when any does."""
-    from longer_rec.checkpoint.manager import diff_checkpoints
+    """What differs between two checkpoints; exit code 1 when a tensor does."""
+    from longer_rec.checkpoint.inspect import diff_checkpoints, difference_lines, find_checkpoint
 
-    differences = diff_checkpoints(first, second)
-    typer.echo("\n".join(differences) or "the checkpoints are bitwise equal")
-    if differences:
+    difference = diff_checkpoints(find_checkpoint(first), find_checkpoint(second))
+    for line in difference_lines(difference):
+        typer.echo(line)
+    if not difference.tensors:
+        typer.echo("all tensors are bitwise equal")
+    else:
         raise typer.Exit(1)
 
 

@@ -49,10 +49,6 @@ class ParallelRanker:
 
     def load_latest(self, checkpoints: CheckpointManager) -> dict[str, Any] | None:
         """Fill weights and optimizer state from the newest whole checkpoint; its extra, or None without one."""
-        if checkpoints.latest() is None:
-            return None
-        # AdamW creates its state at the first step: without this it would not be loaded.
-        self.optimizer.init_state()
         found = checkpoints.load_latest(self.state_dict())
         return found[1] if found else None
 

@@ -13,6 +13,7 @@ from longer_rec.report.html import write_report
 from longer_rec.report.terminal import plan_table
 from longer_rec.runtime.determinism import make_deterministic
 from longer_rec.runtime.distributed import World, joined_world, on_all, on_main
+from longer_rec.runtime.logging import quiet_libraries
 from longer_rec.sparse.planfile import describe_plan, save_plan
 from longer_rec.train.job import Job, baseline_jobs
 from longer_rec.train.log import RunLog
@@ -29,6 +30,7 @@ def train(job: Job) -> list[Row] | None:
     Resumes each of them from its own newest checkpoint. Every fault of the configuration, the data or the run
     directory is raised on all ranks before a step is taken.
     """
+    quiet_libraries()
     make_deterministic()
     with joined_world(job.train.timeout_s) as world:
         dataset = _open_data(job, world)
@@ -59,6 +61,7 @@ def _train_one(job: Job, dataset: Dataset, world: World) -> Row:
 
 def evaluate_run(run_dir: Path, split: str) -> Row:
     """Metrics of a finished or interrupted run's newest checkpoint, on any number of ranks."""
+    quiet_libraries()
     make_deterministic()
     job = load_config(Job, run_dir / "config.yaml", [f"run_dir={run_dir}"])
     num_workers = int(read_run(run_dir)["num_workers"])
