@@ -18,7 +18,6 @@ from longer_rec.errors import DataError
 from longer_rec.schema import Feature, Schema
 
 
-
 @dataclass(frozen=True)
 class RequestBatch:
     """B requests with T events and C candidates in all; ids are int64 rows of the schema's tables.
@@ -55,7 +54,8 @@ class RequestBatch:
         return self.label_CY.shape[0]
 
     def _map(self, function: Any) -> Self:
-        return replace(self, **{field.name: _map_tensors(getattr(self, field.name), function) for field in fields(self)})
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: _map_tensors(column, function) for name, column in columns.items()})
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Self:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

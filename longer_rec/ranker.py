@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from longer_rec.batch import RequestBatch
 from longer_rec.model.inputs import CandidateSide, UserSide
+from longer_rec.model.tower import AnyTower
 from longer_rec.schema import Schema
 from longer_rec.sparse.tables import SparseTables
 
@@ -18,7 +19,7 @@ class Ranker(nn.Module):
     ``forward``; all of them go through the tower's ``encode`` and ``score``, as serving does.
     """
 
-    def __init__(self, schema: Schema, sparse: SparseTables, tower: nn.Module) -> None:
+    def __init__(self, schema: Schema, sparse: SparseTables, tower: AnyTower) -> None:
         super().__init__()
         self.schema = schema
         self.sparse = sparse
@@ -32,8 +33,7 @@ class Ranker(nn.Module):
     def logits(self, batch: RequestBatch, lookup: Mapping[str, Tensor]) -> Tensor:
         """Logits (C x Y) of one batch, given its embeddings."""
         state = self.tower.encode(self.user_side(batch, lookup))
-        scores: Tensor = self.tower.score(state, self.candidate_side(batch, lookup))
-        return scores
+        return self.tower.score(state, self.candidate_side(batch, lookup))
 
     def forward(self, batch: RequestBatch) -> Tensor:
         """Logits (C x Y): lookup, then tower."""

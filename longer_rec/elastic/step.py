@@ -26,7 +26,7 @@ def split_lookup(lookup: Lookup, batches: Sequence[RequestBatch]) -> list[dict[s
         "users": [batch.num_requests for batch in batches],
     }
     slices = {key: value.detach().split(sizes[key.partition(".")[0]]) for key, value in lookup.items()}
-    return [{key: parts[position].requires_grad_() for key, parts in slices.items()} for position in range(len(batches))]
+    return [{key: parts[worker].requires_grad_() for key, parts in slices.items()} for worker in range(len(batches))]
 
 
 def take_leaf_gradients(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

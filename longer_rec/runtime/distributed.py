@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from longer_rec.errors import ConfigError, LongerRecError
 
-
 ResultT = TypeVar("ResultT")
 
 
@@ -35,7 +34,8 @@ class World:
 def joined_world(timeout_s: float = 120.0) -> Iterator[World]:
     """Join the processes that torchrun started, or be the only one; leave the group at the end.
 
-    A group that the caller has joined already is used and left open. Every process group gets ``timeout_s``: gloo's own default of 30 minutes turns a dead rank into a hang.
+    A group that the caller has joined already is used and left open. Every process group gets ``timeout_s``: gloo's own
+    default of 30 minutes turns a dead rank into a hang.
     """
     rank, size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     local_rank, local_size = _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", 1)
@@ -46,9 +46,9 @@ def joined_world(timeout_s: float = 120.0) -> Iterator[World]:
     if dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
         return
-    rendezvous = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
+    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
     dist.init_process_group("cuda:nccl,cpu:gloo" if use_cuda else "gloo", rank=rank, world_size=size,
-                            timeout=datetime.timedelta(seconds=timeout_s), **rendezvous)
+                            timeout=datetime.timedelta(seconds=timeout_s), store=store)
     try:
         yield World(rank, size, local_rank, local_size, device)
     finally:

@@ -55,7 +55,8 @@ def test_killed_and_resumed_equals_uninterrupted(run: Run, synthetic: Path, tmp_
         env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 90
     while not (broken / "checkpoints" / "LATEST").exists():
-        assert time.monotonic() < deadline and job.poll() is None
+        assert time.monotonic() < deadline
+        assert job.poll() is None
         time.sleep(0.01)
     # torchrun's ranks lead sessions of their own: a signal to its group would leave them training.
     for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
