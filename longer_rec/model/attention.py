@@ -126,8 +126,8 @@ def _walk(plan: AttentionPlan, query: Tensor, key: Tensor) -> list[tuple[Group, 
     return walk
 
 
-def _gather(rows_NHE: Tensor, source: Tensor) -> Tensor:
-    return rows_NHE.reshape(-1, rows_NHE.shape[-1]).index_select(0, source)
+def _gather(rows: Tensor, source: Tensor) -> Tensor:
+    return rows.reshape(-1, rows.shape[-1]).index_select(0, source)
 
 
 def _with_zero_row(rows: Tensor) -> Tensor:

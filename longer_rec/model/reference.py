@@ -63,7 +63,7 @@ def _one_candidate(tower: LongerTower, user: UserSide, candidate: CandidateSide)
     num_sequence = num_events
     for layer in tower.causal_layers:
         num_sequence = min(num_sequence, config.num_queries)
-        token_SX = _layer(layer, token_SX, num_sequence + num_globals + num_own)
+        token_SX = _layer(layer, token_SX, num_sequence + num_globals + num_own, num_own)
     token_SX = tower.final_norm(token_SX)
     sequence, user_out, own_out = token_SX.split([num_sequence, num_globals, num_own])
     item = torch.cat([candidate.embedding[name] for name in tower.item_names], dim=1) * scale
@@ -102,18 +102,20 @@ def _candidate_token(tower: LongerTower, candidate: CandidateSide) -> Tensor:
     return (torch.cat([slot] * tokens.merge_size) + tokens.candidate_type).unsqueeze(0)
 
 
-def _layer(layer: CausalLayer, token_SX: Tensor, num_queries: int) -> Tensor:
+def _layer(layer: CausalLayer, token_SX: Tensor, num_queries: int, num_own: int) -> Tensor:
     """The last ``num_queries`` tokens through one pre-norm layer under the bottom-right causal mask."""
     S, X = token_SX.shape
     query_w, key_w, value_w = layer.qkv.weight.split(X)
     normed_SX = layer.attention_norm(token_SX)
     seen = torch.ones(num_queries, S, dtype=torch.bool).tril(S - num_queries)
+    value_SX = normed_SX @ value_w.T
+    value_SX = torch.cat([value_SX[:S - num_own], value_SX[S - num_own:] * layer.own_gain])
     heads = []
     for head in range(layer.num_heads):
         part = slice(head * layer.head_width, (head + 1) * layer.head_width)
         query = normed_SX[S - num_queries:] @ query_w[part].T
         score = query @ (normed_SX @ key_w[part].T).T / math.sqrt(layer.head_width)
-        heads.append(score.masked_fill(~seen, -math.inf).softmax(-1) @ (normed_SX @ value_w[part].T))
+        heads.append(score.masked_fill(~seen, -math.inf).softmax(-1) @ value_SX[:, part])
     token_QX = token_SX[S - num_queries:] + layer.proj(torch.cat(heads, dim=1))
     return token_QX + layer.down(torch.nn.functional.silu(layer.up(layer.ffn_norm(token_QX))))
 

@@ -22,7 +22,7 @@ def make_user(lengths: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.
     return UserSide(
         _embeddings({**WIDTHS.item, **WIDTHS.event}, num_events, generator, dtype),
         {name: torch.randint(0, NUM_IDS, (num_events,), generator=generator) for name in (*WIDTHS.item, *WIDTHS.event)},
-        torch.cat(ages) if ages else torch.zeros(0, dtype=torch.int64), torch.tensor(lengths),
+        torch.cat(ages) if ages else torch.zeros(0, dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64),
         _embeddings(WIDTHS.user, num_requests, generator, dtype),
         torch.randn(num_requests, WIDTHS.num_dense, generator=generator, dtype=dtype))
 
@@ -33,7 +33,8 @@ def make_candidates(lengths: Sequence[int], seed: int = 1, dtype: torch.dtype = 
     return CandidateSide(
         _embeddings(WIDTHS.item, sum(lengths), generator, dtype),
         {name: torch.randint(0, NUM_IDS, (sum(lengths),), generator=generator) for name in WIDTHS.item},
-        torch.randn(sum(lengths), WIDTHS.num_item_dense, generator=generator, dtype=dtype), torch.tensor(lengths))
+        torch.randn(sum(lengths), WIDTHS.num_item_dense, generator=generator, dtype=dtype),
+        torch.tensor(lengths, dtype=torch.int64))
 
 
 def leaves(user: UserSide, candidates: CandidateSide) -> list[Tensor]:
@@ -54,12 +55,12 @@ def replace_candidate(candidates: CandidateSide, row: int, seed: int = 9) -> Can
     return replace(candidates, embedding=embedding, id=ids, dense_CF=dense_CF)
 
 
-def randomise(module: torch.nn.Module, seed: int = 3) -> None:
+def randomise(module: torch.nn.Module, seed: int = 3, std: float = 0.2) -> None:
     """Move every parameter away from its special start: zeros would hide a wrong gradient."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
 
 
 def _embeddings(widths: dict[str, int], rows: int, generator: torch.Generator, dtype: torch.dtype

@@ -1,0 +1,118 @@
+"""Building towers: what is refused, what starts where, and that the plain task is learned."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pydantic
+import pytest
+import torch
+
+from longer_rec.config import Config, build_config
+from longer_rec.errors import ConfigError
+from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
+from longer_rec.model.layers import CausalLayer
+from longer_rec.model.longer import LongerTower
+from longer_rec.model.tokens import MAX_AGE_S, age_boundaries, age_bucket
+from longer_rec.model.tower import AnyTowerConfig, CountConfig, CountTower, NoSequenceTower, TowerConfig, build_tower
+from tests.reference.towers import DAY_S, WIDTHS
+
+
+class Root(Config):
+    tower: AnyTowerConfig = pydantic.Field(default_factory=TowerConfig)
+
+
+@pytest.mark.parametrize(("content", "kind"), [
+    ({"kind": "longer", "merge_size": 4, "inner_trans": {}}, LongerTower),
+    ({"kind": "no_sequence"}, NoSequenceTower), ({"kind": "count", "weights": {"category": 0.2}}, CountTower)])
+def test_kind_chooses_the_tower(content: Mapping[str, Any], kind: type) -> None:
+    root = build_config(Root, {"tower": content}, "test")
+    assert type(build_tower(root.tower, WIDTHS, 1, 10)) is kind
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"width": 6, "merge_size": 2, "num_heads": 5}, r"num_heads=5 does not divide the merged width 12.*\[1, 2, 3, 4"),
+    ({"width": 6, "merge_size": 2, "inner_trans": {"num_heads": 4}}, r"inner_trans.num_heads=4 does not divide"),
+    ({"merge_size": 1, "inner_trans": {}}, "inner_trans needs groups"),
+    ({"interaction": {"fields": ["colour"]}}, "item feature 'colour'; known are item, category"),
+    ({"interaction": {"context": ["quantity"]}}, "item feature 'quantity'"),
+])
+def test_sizes_that_do_not_fit_are_refused_with_the_remedy(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_tower(TowerConfig.model_validate(settings), WIDTHS, 1, 10)
+
+
+def test_other_impossible_towers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="max_events=0"):
+        build_tower(TowerConfig(), WIDTHS, 1, 0)
+    with pytest.raises(ConfigError, match="num_tasks=0"):
+        build_tower(TowerConfig(), WIDTHS, 0, 5)
+    with pytest.raises(ConfigError, match="names 'brand'"):
+        build_tower(CountConfig(weights={"brand": 1.0}), WIDTHS, 1, 5)
+    with pytest.raises(ConfigError, match="at least one item feature"):
+        build_tower(TowerConfig(), InputWidths({}, {}, {}, 0), 1, 5)
+
+
+def test_age_buckets_are_log_spaced_and_monotone() -> None:
+    boundary = age_boundaries(64)
+    assert boundary.numel() == 63
+    ratio = boundary[1:] / boundary[:-1]
+    torch.testing.assert_close(ratio, ratio[:1].expand(62))
+    ages = torch.tensor([0, 1, 60, DAY_S, 7 * DAY_S, 365 * DAY_S, MAX_AGE_S, 40 * 365 * DAY_S])
+    bucket = age_bucket(ages, boundary)
+    assert bucket[0] == 0
+    assert bucket[1] == 1
+    assert bucket[-1] == 63
+    assert (bucket.diff() >= 0).all()
+    assert len(set(bucket.tolist())) >= len(ages) - 1
+
+
+def test_head_j_starts_as_a_matcher_of_slot_j() -> None:
+    torch.manual_seed(0)
+    K, D = 4, 32
+    layer = CausalLayer(K * D, K, 4, 0.0, "layer", matcher_gamma=2.0)
+    slots = torch.randn(K, D)
+    query, key, _ = layer.qkv(slots.flatten()).split(K * D)
+    for other in range(K):
+        moved = layer.qkv(slots.roll(other, 0).flatten())[K * D:2 * K * D]
+        score = (query.view(K, D) * moved.view(K, D)).sum(1) / D**0.5
+        assert (score > 10).all() if other == 0 else (score < 10).all()
+    assert torch.equal(key, layer.qkv(slots.flatten())[K * D:2 * K * D])
+
+
+def _matching_batch(generator: torch.Generator, table: torch.Tensor) -> tuple[UserSide, CandidateSide, torch.Tensor]:
+    """32 requests of 21 events and 8 candidates, positive if and only if in the history."""
+    num_ids, num_requests, length, count = len(table), 32, 21, 8
+    event_id = torch.randint(1, num_ids, (num_requests, length), generator=generator)
+    old = event_id[:, torch.randint(0, length, (count,), generator=generator)]
+    fresh = torch.randint(1, num_ids, (num_requests, count), generator=generator)
+    candidate_id = torch.where(torch.rand(num_requests, count, generator=generator) < 0.5, old, fresh)
+    label = (candidate_id.unsqueeze(2) == event_id.unsqueeze(1)).any(2).float().reshape(-1, 1)
+    age = torch.arange(length, 0, -1).repeat(num_requests) * DAY_S
+    user = UserSide({"item": table[event_id.flatten()]}, {"item": event_id.flatten()}, age,
+                    torch.full((num_requests,), length), {}, torch.zeros(num_requests, 0))
+    candidates = CandidateSide({"item": table[candidate_id.flatten()]}, {"item": candidate_id.flatten()},
+                               torch.zeros(num_requests * count, 0), torch.full((num_requests,), count))
+    return user, candidates, label
+
+
+@pytest.mark.parametrize("settings", [
+    {"merge_size": 1}, {"merge_size": 2}, {"merge_size": 2, "inner_trans": {}, "num_self_layers": 0},
+    {"merge_size": 4}, {"merge_size": 2, "interaction": {"to_head": False}}],
+    ids=["K=1", "K=2", "K=2 InnerTrans", "K=4", "interaction"])
+def test_matching_a_candidate_with_the_history_is_learned(settings: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randn(400, 32, generator=generator)
+    config = TowerConfig.model_validate({"num_queries": 4, "head": {"hidden": [32]}, **settings})
+    tower = build_tower(config, InputWidths({"item": 32}, {}, {}, 0), num_tasks=1, max_events=21)
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(120):
+        user, candidates, label = _matching_batch(generator, table)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(tower.score(tower.encode(user), candidates), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    # A coin's loss is 0.69; ids are random, so nothing but matching can beat it.
+    assert sum(losses[-20:]) / 20 < 0.35
