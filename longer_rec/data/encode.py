@@ -118,9 +118,13 @@ def as_lists(raw: pl.Series, separator: str, what: str) -> pl.Series:
 
 def encode_lists(encoder: Encoder, lists: pl.Series, what: str) -> tuple[I64, I64]:
     """(packed ids, number of them per row) of a series of lists."""
-    length = lists.list.len().cast(pl.Int64).to_numpy()
-    values = lists.explode(empty_as_null=False, keep_nulls=False) if len(lists) else lists.list.get(0)
-    return encoder.encode(values, what), length
+    return encoder.encode(flatten(lists), what), lists.list.len().cast(pl.Int64).to_numpy()
+
+
+def flatten(lists: pl.Series) -> pl.Series:
+    """All values of the lists, one after the other; empty lists have none."""
+    filled = lists.filter(lists.list.len() > 0)
+    return filled.explode() if len(filled) else pl.Series(lists.name, [], lists.dtype.inner)  # type: ignore[attr-defined]
 
 
 def _search(values: pl.Series, wanted: pl.Series) -> I64:

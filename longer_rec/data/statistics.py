@@ -6,7 +6,16 @@ import numpy as np
 import polars as pl
 
 from longer_rec.data.describe import EntityConfig, FeatureConfig, LogConfig
-from longer_rec.data.encode import Bucketed, Encoder, Hashed, as_ids, as_lists, as_numbers, build_vocabulary
+from longer_rec.data.encode import (
+    Bucketed,
+    Encoder,
+    Hashed,
+    as_ids,
+    as_lists,
+    as_numbers,
+    build_vocabulary,
+    flatten,
+)
 from longer_rec.data.hashing import hash_values
 from longer_rec.data.order import hash_u64
 from longer_rec.data.partition import Mask, Partition
@@ -147,7 +156,7 @@ def _join(known: pl.DataFrame, source: pl.DataFrame, key: str, value: pl.Expr, w
 def entity_encoder(feature: FeatureConfig, values: pl.Series, what: str) -> Encoder:
     """The encoder of an item or user feature from its values in the training period."""
     if feature.type == "id":
-        flat = values.explode(empty_as_null=False, keep_nulls=False) if feature.multi_valued else values
+        flat = flatten(values) if feature.multi_valued else values
         counts = as_ids(flat.drop_nulls(), f"{what} feature {feature.name!r}").alias("v").value_counts(name="n")
         return build_vocabulary(counts.filter(pl.col("n") >= feature.min_count)["v"])
     if feature.quantiles:

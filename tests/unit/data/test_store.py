@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-import polars as pl
+import pyarrow as pa
 import pytest
 
 from longer_rec.data import store
@@ -40,7 +40,9 @@ def test_missing_rows_and_truncation_are_named(tmp_path: Path) -> None:
 
 
 def test_other_arrow_files_are_refused(tmp_path: Path) -> None:
-    frames = [pl.DataFrame({"a": np.arange(size)}) for size in (3, 4)]
-    pl.concat(frames, rechunk=False).write_ipc(tmp_path / "t.arrow", compression="uncompressed", record_batch_size=3)
+    batches = [pa.record_batch({"a": np.arange(size)}) for size in (3, 4)]
+    with pa.ipc.new_file(tmp_path / "t.arrow", batches[0].schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
     with pytest.raises(DataError, match="not of equal size"):
         ColumnTable(tmp_path / "t.arrow", 7)
