@@ -20,7 +20,7 @@ class CausalLayer(nn.Module):
 
     A candidate's own values pass through ``own_gain``, which starts at 0 (the paper has plain values): its own key is a
     sink that reads as "nothing found". A matched event's value would else differ from its own in the type vector alone,
-    and at K = 4 matching took four times as many steps to learn.
+    and at K = 4 matching took twice as many steps to learn.
     """
 
     def __init__(self, merged_width: int, num_heads: int, ffn_multiple: int, dropout: float, norm_kind: NormKind,
