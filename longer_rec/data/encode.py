@@ -144,7 +144,9 @@ def save_encoders(encoders: dict[str, Encoder], directory: Path) -> None:
     for name, encoder in encoders.items():
         if isinstance(encoder, Vocabulary):
             described[name] = {"type": "id", "file": f"vocabulary.{name}.arrow"}
-            pl.DataFrame({"value": encoder.values}).write_ipc(directory / f"vocabulary.{name}.arrow")
+            # Plain text, not polars' own views: their bytes depend on how the column came about.
+            pl.DataFrame({"value": encoder.values}).write_ipc(directory / f"vocabulary.{name}.arrow",
+                                                              compat_level=pl.CompatLevel.oldest())
         elif isinstance(encoder, Hashed):
             described[name] = {"type": "hashed", "num_buckets": encoder.num_buckets}
         else:
