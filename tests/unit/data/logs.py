@@ -29,8 +29,9 @@ def random_log(num_rows: int = 600, num_users: int = 12, num_items: int = 40, se
     when = random.integers(0, 150, num_rows)
     what = random.integers(0, num_items, num_rows) + np.where(when > 140, num_items // 2, 0)
     return pl.DataFrame({
-        "who": [f"a visitor with number {one}" for one in random.integers(0, num_users, num_rows)], "what": what, "when": when + 1000,
-        "kind": what % 7, "price": random.uniform(0, 6, num_rows), "place": [f"place {one}" for one in what % 9],
+        "who": [f"a visitor with number {one}" for one in random.integers(0, num_users, num_rows)],
+        "what": what, "when": when + 1000, "kind": what % 7,
+        "price": random.uniform(0, 6, num_rows), "place": [f"place {one}" for one in what % 9],
         "liked": random.integers(0, 2, num_rows)}).unique(["who", "what", "when"], maintain_order=True)
 
 
