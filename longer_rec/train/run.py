@@ -1,6 +1,7 @@
 """One run from its configuration to its results: what `longer-rec train` and `longer-rec eval` do."""
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,19 @@ from typing import Any
 from longer_rec.checkpoint.manager import CheckpointManager
 from longer_rec.config import load_config
 from longer_rec.data.history import Dataset, open_dataset
+from longer_rec.data.partition import SPLITS
 from longer_rec.elastic.assignment import resolve_num_workers
+from longer_rec.errors import CheckpointError, DataError
 from longer_rec.report.html import write_report
 from longer_rec.report.terminal import plan_table
 from longer_rec.runtime.determinism import make_deterministic
 from longer_rec.runtime.distributed import World, joined_world, on_all, on_main
 from longer_rec.runtime.logging import quiet_libraries
+from longer_rec.runtime.memory import keep_freed_memory
 from longer_rec.sparse.planfile import describe_plan, save_plan
 from longer_rec.train.job import Job, baseline_jobs
 from longer_rec.train.log import RunLog
-from longer_rec.train.parallelize import parallelize
+from longer_rec.train.parallelize import check_job, parallelize
 from longer_rec.train.run_dir import open_run_dir, read_run, write_atomically
 from longer_rec.train.trainer import Trainer
 
@@ -30,11 +34,13 @@ def train(job: Job) -> list[Row] | None:
     Resumes each of them from its own newest checkpoint. Every fault of the configuration, the data or the run
     directory is raised on all ranks before a step is taken.
     """
-    quiet_libraries()
-    make_deterministic()
+    _prepare_process()
     with joined_world(job.train.timeout_s) as world:
         dataset = _open_data(job, world)
-        rows = [_train_one(each, dataset, world) for each in [job, *baseline_jobs(job).values()]]
+        jobs = [job, *baseline_jobs(job).values()]
+        for each in jobs:
+            check_job(each, dataset, world)
+        rows = [_train_one(each, dataset, world) for each in jobs]
         if not world.is_main:
             return None
         write_atomically(job.run_dir / "results.json", json.dumps(rows, indent=2))
@@ -46,10 +52,10 @@ def _train_one(job: Job, dataset: Dataset, world: World) -> Row:
     num_workers = resolve_num_workers(job.elastic, world.size)
     on_main(world, lambda: open_run_dir(job, dataset, num_workers))
     trainer = _build_trainer(job, dataset, world, num_workers)
+    checkpoints = _checkpoints(job, trainer)
     if world.is_main:
         plan_table(describe_plan(trainer.parallel.plan))
         save_plan(trainer.parallel.plan, job.run_dir / "plan.json")
-    checkpoints = _checkpoints(job, trainer)
     with RunLog(job.run_dir, trainer.step) if world.is_main else nullcontext() as log:
         trainer.fit(checkpoints, log)
         metrics = trainer.evaluate("test")
@@ -63,18 +69,34 @@ def evaluate_run(run_dir: Path, split: str) -> Row:
     """Metrics of a finished or interrupted run's newest checkpoint, on any number of ranks."""
     quiet_libraries()
     make_deterministic()
-    job = load_config(Job, run_dir / "config.yaml", [f"run_dir={run_dir}"])
     num_workers = int(read_run(run_dir)["num_workers"])
+    job = load_config(Job, run_dir / "config.yaml", [f"run_dir={run_dir}"])
     with joined_world(job.train.timeout_s) as world:
-        dataset = _open_data(job, world)
+        dataset = _open_data(job, world, [split])
         trainer = _build_trainer(job, dataset, world, num_workers)
         _checkpoints(job, trainer)
+        if trainer.step == 0 < trainer.num_steps:
+            raise CheckpointError(f"{run_dir} holds no checkpoint yet; run `longer-rec train` on to its first one")
         return {"name": job.name, "step": trainer.step, "split": split, **trainer.evaluate(split)}
 
 
-def _open_data(job: Job, world: World) -> Dataset:
+def _prepare_process() -> None:
+    quiet_libraries()
+    keep_freed_memory()
+    make_deterministic()
+
+
+def _open_data(job: Job, world: World, splits: Sequence[str] = SPLITS) -> Dataset:
     """One rank of each host verifies the hashes of its files; a fault anywhere ends the run everywhere."""
-    return on_all(world, lambda: open_dataset(job.data.dir, verify=world.local_rank == 0))
+    def open_and_check() -> Dataset:
+        dataset = open_dataset(job.data.dir, verify=world.local_rank == 0)
+        for split in splits:
+            if dataset.num_requests(split) == 0:
+                raise DataError(f"the {split} split of {job.data.dir} is empty; prepare the data with a share for it "
+                                "in split.fractions")
+        return dataset
+
+    return on_all(world, open_and_check)
 
 
 def _build_trainer(job: Job, dataset: Dataset, world: World, num_workers: int) -> Trainer:
