@@ -3,13 +3,13 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from longer_rec.errors import LongerRecError
+from longer_rec.errors import CheckpointError, LongerRecError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
                   help="Train and serve rankers over ultra-long user histories.")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings on top, such as data.max_events=200")]
@@ -64,7 +64,10 @@ def inspect(checkpoint: Annotated[Path, typer.Argument(help="checkpoint director
     """Tables, shapes, types and position of a checkpoint."""
     from longer_rec.checkpoint.inspect import find_checkpoint, inspect_checkpoint, summary_lines
 
-    typer.echo("\n".join(summary_lines(inspect_checkpoint(find_checkpoint(checkpoint)))))
+    summary = inspect_checkpoint(find_checkpoint(checkpoint))
+    typer.echo("\n".join(summary_lines(summary)))
+    if summary.faults:
+        raise CheckpointError(f"{'; '.join(summary.faults[:3])}; use another checkpoint")
 
 
 @app.command()
@@ -103,9 +106,16 @@ def report(run_dir: Path) -> None:
 
 def main() -> None:
     try:
-        app()
+        # Not standalone: typer would print a usage error as a box of many lines.
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="longer-rec", standalone_mode=False) or 0)
     except LongerRecError as error:
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f"rank {rank}: "
-        print(f"longer-rec: {where}{error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except typer.TyperException as error:
+        _fail(f"{error.format_message().rstrip('.')} (see `longer-rec --help`)")
+
+
+def _fail(fault: str) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f"rank {rank}: "
+    print(f"longer-rec: {where}{fault}", file=sys.stderr)
+    sys.exit(2)

@@ -8,9 +8,10 @@ import difflib
 import hashlib
 import json
 import re
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeGuard, TypeVar, Union, get_args, get_origin
 
 import pydantic
 import yaml
@@ -23,7 +24,7 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 class Config(pydantic.BaseModel):
     """Frozen, strict about keys, validated once at construction."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -109,38 +110,59 @@ def config_hash(config: Config) -> str:
 
 def _explain(config_type: type[Config], content: Mapping[str, Any], error: pydantic.ValidationError) -> Iterator[str]:
     for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"]) or "the configuration"
+        path, owner = _locate(config_type, item["loc"])
+        key = ".".join(path) or "the configuration"
         if item["type"] == "extra_forbidden":
-            known = _keys_beside(config_type, item["loc"])
+            known = list(owner.model_fields) if _is_model(owner) else []
             near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
             remedy = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
             yield f"unknown key {key!r}; {remedy}"
         elif item["type"] == "missing":
             yield f"{key!r} is missing; add it"
+        elif item["type"] == "union_tag_not_found":
+            yield f"'{key}.kind' is missing; add it"
+        elif item["type"] == "union_tag_invalid":
+            yield f"{key}.kind={item['ctx']['tag']!r} is unknown; use one of {item['ctx']['expected_tags']}"
         elif item["type"] == "value_error":
             yield f"{key}: {item['msg'].removeprefix('Value error, ')}"
         else:
             yield f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
-def _keys_beside(config_type: type[Config], location: tuple[int | str, ...]) -> list[str]:
-    """Keys that the model owning ``location`` knows; follows nested models, also inside unions and tuples."""
-    model: Any = config_type
-    for part in location[:-1]:
-        if isinstance(part, int):
+def _locate(config_type: Any, location: tuple[int | str, ...]) -> tuple[list[str], Any]:
+    """The written path of pydantic's ``location``, which also names members of unions, and the type of its parent."""
+    path: list[str] = []
+    here = parent = config_type
+    for part in location:
+        members = _members(here)
+        if len(members) > 1 and not isinstance(part, int):
+            here = next((member for member in members if _label(member) == str(part).partition("[")[0]), here)
             continue
-        field = model.model_fields.get(part) if _is_model(model) else None
-        nested = next(_models_in(field.annotation), None) if field else None
-        model = nested or model
-    return list(model.model_fields)
+        path.append(str(part))
+        parent = members[0] if members else None
+        if _is_model(parent):
+            field = parent.model_fields.get(str(part))
+            here = field.annotation if field else None
+        else:
+            here = next((argument for argument in reversed(get_args(parent)) if argument is not Ellipsis), None)
+    return path, parent
 
 
-def _models_in(annotation: Any) -> Iterator[type[pydantic.BaseModel]]:
-    if _is_model(annotation):
-        yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from _models_in(argument)
+def _members(annotation: Any) -> list[Any]:
+    """The types that a union may be, None left out; any other type is its own only member."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [argument for argument in get_args(annotation) if argument is not types.NoneType]
+    return [annotation]
 
 
-def _is_model(annotation: Any) -> bool:
+def _label(member: Any) -> str:
+    """How pydantic's locations name a member of a union."""
+    if _is_model(member) and "kind" in member.model_fields:
+        return str(member.model_fields["kind"].default)
+    return str(getattr(member, "__name__", member))
+
+
+def _is_model(annotation: Any) -> TypeGuard[type[pydantic.BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel)

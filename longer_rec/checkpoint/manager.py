@@ -93,19 +93,20 @@ class CheckpointManager:
         is a mistake and not an accident.
         """
         steps = self._gather(self.steps())[0]
-        faults = []
+        faults: dict[int, str] = {}
         for step in reversed(steps):
             path = self._directory / f"step-{step}"
             try:
                 self._verify(path)
             except CheckpointError as error:
-                faults.append(str(error))
-                _log.warning("checkpoint step-%d is passed over for the one before: %s", step, error)
+                faults[step] = str(error)
                 continue
+            for damaged, fault in faults.items() if _rank(self._group) == 0 else ():
+                _log.warning("checkpoint step-%d is passed over for step-%d: %s", damaged, step, fault)
             return path, self.load(path, state)
         if faults:
-            raise CheckpointError(f"none of the {len(faults)} checkpoints in {self._directory} is whole: {faults[0]}; "
-                                  "start again in another run directory")
+            raise CheckpointError(f"none of the {len(faults)} checkpoints in {self._directory} is whole: "
+                                  f"{next(iter(faults.values()))}; start again in another run directory")
         return None
 
     def _verify(self, path: Path) -> Manifest:

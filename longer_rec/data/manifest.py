@@ -45,7 +45,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         digest = content.pop("manifest_sha256")
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{directory} is no prepared dataset ({type(error).__name__}: {error}); "
+        raise DataError(f"{directory} is no prepared dataset ({MANIFEST}: {type(error).__name__}: {error}); "
                         "run `longer-rec prepare ... --out` for it") from None
     if digest != _hash_json(content):
         raise DataError(f"{path} is damaged: it does not match its own hash; prepare the data again")

@@ -171,7 +171,7 @@ def build_interaction(config: InteractionConfig | None, widths: InputWidths) -> 
         return None, 0
     for name in (*config.fields, *config.context):
         if name not in widths.item:
-            raise ConfigError(f"tower.interaction names the item feature {name!r}; known are {', '.join(widths.item)}")
+            raise ConfigError(f"model.interaction names the item feature {name!r}; known are {', '.join(widths.item)}")
     fields = config.fields or tuple(widths.item)
     context_width = sum(widths.item[name] for name in config.context) + widths.num_item_dense
     return Interaction(config, fields, context_width), config.hidden[-1]
@@ -181,13 +181,13 @@ def _check(config: TowerConfig, widths: InputWidths) -> None:
     X, H = config.merged_width, config.heads
     if X % H:
         divisors = [heads for heads in range(1, X + 1) if X % heads == 0]
-        raise ConfigError(f"tower.num_heads={H} does not divide the merged width {X} (width {config.width} x "
+        raise ConfigError(f"model.num_heads={H} does not divide the merged width {X} (width {config.width} x "
                           f"merge_size {config.merge_size}); use one of {divisors}")
     if config.inner_trans is not None and config.width % config.inner_trans.num_heads:
-        raise ConfigError(f"tower.inner_trans.num_heads={config.inner_trans.num_heads} does not divide tower.width="
+        raise ConfigError(f"model.inner_trans.num_heads={config.inner_trans.num_heads} does not divide model.width="
                           f"{config.width}; choose a divisor")
     if config.inner_trans is not None and config.merge_size == 1:
-        raise ConfigError("tower.inner_trans needs groups of more than one event: set tower.merge_size above 1 or "
+        raise ConfigError("model.inner_trans needs groups of more than one event: set model.merge_size above 1 or "
                           "tower.inner_trans to null")
     if not widths.item:
         raise ConfigError("the tower needs at least one item feature; add one to the schema")

@@ -11,6 +11,7 @@ from typing import Any, Final
 import jinja2
 from markupsafe import Markup, escape
 
+from longer_rec.errors import DataError
 from longer_rec.report import charts
 from longer_rec.report.numbers import (
     METRIC_TITLES,
@@ -47,8 +48,11 @@ def write_report(run_dir: Path) -> Path:
         machine=environment(files))
     path = run_dir / "report.html"
     unfinished = path.with_name("report.html.tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(page, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}; free space or correct its permissions") from None
     return path
 
 

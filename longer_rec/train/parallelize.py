@@ -10,6 +10,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from longer_rec.checkpoint.manager import CheckpointManager
 from longer_rec.data.history import Dataset
+from longer_rec.errors import ConfigError
 from longer_rec.model.inputs import InputWidths
 from longer_rec.model.tower import build_tower
 from longer_rec.ranker import Ranker
@@ -55,22 +56,43 @@ class ParallelRanker:
 
 def parallelize(job: Job, dataset: Dataset, world: World) -> ParallelRanker:
     """Build, plan, shard, fill. Tables and tower start as functions of the seed alone; a collective call."""
-    schema = dataset.schema
-    # 1. Tables on the meta device: no rank ever holds all of them.
-    tables = build_tables(schema, job.sparse, device="meta")
-    # 2. The tower, the same on every rank.
-    torch.manual_seed(derive_seed(job.seed, "tower"))
-    tower = build_tower(job.model, input_widths(schema, job), len(schema.tasks), job.data.max_events).to(world.device)
-    ranker = Ranker(schema, tables, tower)
-    # 3. Rank 0 plans for all; the plan covers every table.
-    plan = on_main(world, lambda: build_plan(ranker, job.sparse, world, job.data.batch_requests,
-                                             ids_per_request(dataset, job.data.max_events)))
-    # 4. Tables sharded with their update rule inside backward; the tower stays replicated, its gradients ours.
+    # 1. Tables on the meta device, for no rank ever holds all of them, and the tower, the same on every rank.
+    ranker = build_ranker(job, dataset.schema, world.device)
+    # 2. Rank 0 plans for all; the plan covers every table.
+    plan = on_main(world, lambda: plan_tables(ranker, job, dataset, world))
+    # 3. Tables sharded with their update rule inside backward; the tower stays replicated, its gradients ours.
     model = shard_ranker(ranker, plan, job.sparse, world.device)
-    # 5. Rows filled by (seed, table, row), whatever shard they are in.
+    # 4. Rows filled by (seed, table, row), whatever shard they are in.
     initialize_tables(model, job.seed, job.sparse)
-    # 6. AdamW for the tower beside the fused update of the tables.
+    # 5. AdamW for the tower beside the fused update of the tables.
     return ParallelRanker(model, RankerOptimizer(model, job.sparse, job.dense), plan)
+
+
+def check_job(job: Job, dataset: Dataset, world: World) -> None:
+    """``ConfigError`` where the job cannot be built for this data and this world; a collective call.
+
+    Everything is built on the meta device: no memory is taken, nothing is written.
+    """
+    try:
+        with torch.device("meta"):
+            ranker = build_ranker(job, dataset.schema, torch.device("meta"))
+        on_main(world, lambda: plan_tables(ranker, job, dataset, world))
+    except ConfigError as error:
+        raise ConfigError(f"{job.name}: {error}") from None
+
+
+def build_ranker(job: Job, schema: Schema, device: torch.device) -> Ranker:
+    """The unsharded ranker: its tables on the meta device, its tower drawn from the job's seed."""
+    tables = build_tables(schema, job.sparse, device="meta")
+    torch.manual_seed(derive_seed(job.seed, "tower"))
+    tower = build_tower(job.model, input_widths(schema, job), len(schema.tasks), job.data.max_events).to(device)
+    return Ranker(schema, tables, tower)
+
+
+def plan_tables(ranker: Ranker, job: Job, dataset: Dataset, world: World) -> SparsePlan:
+    """Where each table goes; a function of the job, the data's counts and the world."""
+    return build_plan(ranker, job.sparse, world, job.data.batch_requests,
+                      ids_per_request(dataset, job.data.max_events))
 
 
 def ids_per_request(dataset: Dataset, max_events: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,18 @@ def open_run_dir(job: Job, dataset: Dataset, num_workers: int) -> None:
     if (directory / "config.yaml").exists():
         _check_same_run(job, dataset, num_workers)
         return
-    if directory.exists() and any(directory.iterdir()):
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise CheckpointError(f"{directory} exists, is not empty and is no run directory; choose another run_dir")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "run.json", json.dumps(_describe_run(dataset, num_workers), indent=2))
-    write_atomically(directory / "config.yaml", dump_config(job))
+    is_new = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / "run.json", json.dumps(_describe_run(dataset, num_workers), indent=2))
+        write_atomically(directory / "config.yaml", dump_config(job))
+    except OSError as error:
+        if is_new:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise CheckpointError(f"cannot write run_dir={directory}: {error.strerror}; free space or choose another "
+                              "run_dir") from None
 
 
 def _check_same_run(job: Job, dataset: Dataset, num_workers: int) -> None:
@@ -54,8 +62,8 @@ def read_run(directory: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads((directory / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} is no readable run directory: {error}; give one that `longer-rec train` "
-                              "wrote") from None
+        raise CheckpointError(f"{directory} is no readable run directory: run.json: {error}; give one that "
+                              "`longer-rec train` wrote") from None
     return content
 
 

@@ -27,7 +27,7 @@ class CountTower(nn.Module):
         super().__init__()
         for name in config.weights:
             if name not in widths.item:
-                raise ConfigError(f"tower.weights names {name!r}; item features are {', '.join(widths.item)}")
+                raise ConfigError(f"model.weights names {name!r}; item features are {', '.join(widths.item)}")
         weights = {next(iter(widths.item)): 1.0, **config.weights}
         self.fields = tuple(weights)
         self.num_tasks, self.max_events = num_tasks, max_events
