@@ -67,17 +67,22 @@ def _train_one(job: Job, dataset: Dataset, world: World) -> Row:
 
 def evaluate_run(run_dir: Path, split: str) -> Row:
     """Metrics of a finished or interrupted run's newest checkpoint, on any number of ranks."""
-    quiet_libraries()
-    make_deterministic()
-    num_workers = int(read_run(run_dir)["num_workers"])
+    _prepare_process()
+    read_run(run_dir)  # says what is wrong with a directory that is none, before its config.yaml is looked for
     job = load_config(Job, run_dir / "config.yaml", [f"run_dir={run_dir}"])
     with joined_world(job.train.timeout_s) as world:
         dataset = _open_data(job, world, [split])
-        trainer = _build_trainer(job, dataset, world, num_workers)
-        _checkpoints(job, trainer)
-        if trainer.step == 0 < trainer.num_steps:
-            raise CheckpointError(f"{run_dir} holds no checkpoint yet; run `longer-rec train` on to its first one")
+        trainer = load_run(job, dataset, world)
         return {"name": job.name, "step": trainer.step, "split": split, **trainer.evaluate(split)}
+
+
+def load_run(job: Job, dataset: Dataset, world: World) -> Trainer:
+    """A run as its newest checkpoint left it; a collective call. ``CheckpointError`` when it has none yet."""
+    trainer = _build_trainer(job, dataset, world, int(read_run(job.run_dir)["num_workers"]))
+    _checkpoints(job, trainer)
+    if trainer.step == 0 < trainer.num_steps:
+        raise CheckpointError(f"{job.run_dir} holds no checkpoint yet; run `longer-rec train` on to its first one")
+    return trainer
 
 
 def _prepare_process() -> None:
