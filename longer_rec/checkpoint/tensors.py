@@ -1,6 +1,7 @@
 """Tensors to and from torch.distributed.checkpoint, which stores nothing else here."""
 
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,12 @@ def write_tensors(directory: Path, state: Mapping[str, Tensor], group: dist.Proc
 def read_tensors(directory: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None,
                  alone: bool = False) -> None:
     """Fill the tensors of ``state`` in place, whatever shards they were written from; collective unless ``alone``."""
+    no_dist = alone or not dist.is_initialized()
     try:
-        dcp.load(dict(state), storage_reader=_TensorReader(directory), process_group=group,
-                 no_dist=alone or not dist.is_initialized())
+        with warnings.catch_warnings():
+            # DCP guesses aloud that one process is meant, although it was told so.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(dict(state), storage_reader=_TensorReader(directory), process_group=group, no_dist=no_dist)
     except CheckpointException as error:
         raise CheckpointError(f"cannot read {directory}: {_first_cause(error)}") from None
 

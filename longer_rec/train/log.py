@@ -48,7 +48,9 @@ def _drop_lines_after(path: Path, step: int) -> None:
     kept = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            if json.loads(line)["step"] <= step:
+            entry = json.loads(line)
+            # The test split is evaluated at the end of every start, also of one that had nothing left to train.
+            if entry["step"] <= step and entry["split"] != "test":
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             raise CheckpointError(f"{path} line {number} is damaged; remove that line to resume") from None

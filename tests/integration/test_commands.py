@@ -1,0 +1,88 @@
+"""What the commands that read a run print, and what they leave as it was."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from longer_rec.checkpoint.inspect import find_checkpoint
+from tests.integration.conftest import CONFIG, TINY
+from tests.reference.commands import CommandServer
+
+
+def test_eval_repeats_the_metrics_of_the_run_exactly(commands: CommandServer, trained: Path) -> None:
+    """On the same machine, from the checkpoint alone."""
+    outcome = commands.run("eval", trained)
+    assert (outcome.code, outcome.err) == (0, "")
+    (row,) = json.loads((trained / "results.json").read_text())
+    for name in ("auc", "logloss"):
+        assert f"{row[name]:.4f}" in outcome.out
+    other = commands.run("eval", trained, "--split", "validation")
+    assert other.code == 0
+    assert other.out != outcome.out
+
+
+def test_eval_writes_nothing(commands: CommandServer, trained: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    assert commands.run("eval", trained).code == 0
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def test_inspect_lists_every_tensor_and_the_position(commands: CommandServer, trained: Path) -> None:
+    outcome = commands.run("inspect", trained)
+    assert (outcome.code, outcome.err) == (0, "")
+    step = find_checkpoint(trained).name.removeprefix("step-")
+    assert outcome.out.startswith(f"step {step}, ")
+    assert re.search(r"(?m)^model/\S*item\.weight +float32 4001 x 8$", outcome.out)
+    assert f'"step": {step}' in outcome.out or f"step: {step}" in outcome.out
+    assert "data_fingerprint" in outcome.out
+    assert outcome.out == commands.run("inspect", find_checkpoint(trained)).out
+
+
+def test_diff_tells_equal_from_unequal_checkpoints(commands: CommandServer, trained: Path) -> None:
+    older, newer = sorted((trained / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
+    same = commands.run("diff", newer, trained)
+    assert (same.code, same.out, same.err) == (0, "all tensors are bitwise equal\n", "")
+    different = commands.run("diff", older, newer)
+    assert (different.code, different.err) == (1, "")
+    assert re.search(r"(?m)^model/\S*item\.weight: values, \d+ of 32008 values, by \S+ at most$", different.out)
+    assert re.search(r"(?m)^step: \d+ and \d+$", different.out)
+
+
+def test_report_is_written_again_from_the_files_alone(commands: CommandServer, trained: Path) -> None:
+    first = (trained / "report.html").read_text()
+    (trained / "report.html").unlink()
+    shutil.rmtree(trained / "checkpoints")
+    outcome = commands.run("report", trained)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.strip() == str(trained / "report.html")
+    again = (trained / "report.html").read_text()
+    assert len(again) > 10_000
+    assert abs(len(again) - len(first)) < 0.05 * len(first)
+
+
+def test_train_again_changes_no_metric_and_no_checkpoint(commands: CommandServer, trained: Path) -> None:
+    checkpoint = {path.name: path.read_bytes() for path in find_checkpoint(trained).iterdir()}
+    metrics = (trained / "metrics.jsonl").read_text().splitlines()
+    outcome = commands.run("train", trained / "config.yaml", f"run_dir={trained}")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert {path.name: path.read_bytes() for path in find_checkpoint(trained).iterdir()} == checkpoint
+    splits = [json.loads(line)["split"] for line in metrics]
+    again = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["split"] for line in again] == splits, "the test line is written once, however often it is asked for"
+
+
+def test_prepare_again_leaves_the_data_alone(commands: CommandServer, tmp_path: Path) -> None:
+    arguments = ("prepare", "synthetic", "--out", tmp_path / "data", "num_users=10")
+    first = commands.run(*arguments)
+    assert (first.code, first.out, first.err) == (0, f"prepared {tmp_path / 'data'}\n", "")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert commands.run(*arguments) == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_moved_run_and_moved_data_are_still_one_run(commands: CommandServer, trained: Path, synthetic: Path,
+                                                      tmp_path: Path) -> None:
+    shutil.copytree(synthetic, tmp_path / "moved")
+    outcome = commands.run("train", CONFIG, f"run_dir={trained}", f"data.dir={tmp_path / 'moved'}", *TINY)
+    assert (outcome.code, outcome.err) == (0, "")
