@@ -188,6 +188,6 @@ def _check(config: TowerConfig, widths: InputWidths) -> None:
                           f"{config.width}; choose a divisor")
     if config.inner_trans is not None and config.merge_size == 1:
         raise ConfigError("model.inner_trans needs groups of more than one event: set model.merge_size above 1 or "
-                          "tower.inner_trans to null")
+                          "model.inner_trans to null")
     if not widths.item:
         raise ConfigError("the tower needs at least one item feature; add one to the schema")

@@ -29,7 +29,7 @@ _METRICS: Final = ("auc", "gauc", "logloss", "ne", "calibration")
 
 
 class Check(Protocol):
-    """One line of the doctor: ``status`` is "ok", "warn", "fail" or "skip"; ``remedy`` is a line to type, or ""."""
+    """One line of the doctor: ``status`` is "ok", "warn" or "fail"; ``remedy`` is a line to type, or ""."""
 
     @property
     def name(self) -> str: ...

@@ -159,9 +159,9 @@ def check_machine(facts: Mapping[str, Any]) -> list[Check]:
     checks = [Check("cores", "ok" if facts["cores"] >= 2 else "warn", f"{facts['cores']} usable")]
     memory, shared = facts["memory_bytes"] / _GIB, facts["shared_memory_bytes"] / _GIB
     checks.append(Check("memory", "ok" if memory >= 4 else "warn", f"{memory:.1f} GiB",
-                        "" if memory >= 4 else "nproc_per_node 1, and smaller sparse.dims"))
+                        "" if memory >= 4 else "make train NPROC=1, and smaller sparse.dims"))
     checks.append(Check("shared memory", "ok" if shared >= 0.5 else "warn", f"{shared:.1f} GiB free",
-                        "" if shared >= 0.5 else "docker run --shm-size=4g …, or data.num_workers=0"))
+                        "" if shared >= 0.5 else "docker run --shm-size=4g …, or data.loader_processes=0"))
     files = facts["open_files_limit"]
     checks.append(Check("open files", "ok" if files >= 1024 else "warn", f"{files} at most",
                         "" if files >= 1024 else "ulimit -n 65536"))

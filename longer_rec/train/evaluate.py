@@ -24,7 +24,7 @@ def evaluate(ranker: Ranker, dataset: Dataset, split: str, config: DataConfig, w
     """AUC, LogLoss, NE, calibration and GAUC of ``split``, the same on every rank.
 
     Blocks of requests are dealt to the ranks; a rank that runs out of blocks joins the others' lookups with an empty
-    batch, because a lookup is a collective call. Scores of the whole split meet on rank 0: 16 bytes a candidate.
+    batch, because a lookup is a collective call. Scores of the whole split meet on rank 0: 24 bytes a candidate.
     """
     was_training = ranker.training
     ranker.eval()
