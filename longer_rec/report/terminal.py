@@ -114,17 +114,17 @@ class TrainProgress:
     forked while it is open. Does nothing where ``enabled`` is false (ranks other than 0).
     """
 
-    def __init__(self, num_steps: int, start: int = 0, enabled: bool = True, console: Console | None = None,
+    def __init__(self, name: str, num_steps: int, start: int = 0, enabled: bool = True, console: Console | None = None,
                  plain_every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console or make_console()
-        self._num_steps, self._start, self._enabled = num_steps, start, enabled
+        self._name, self._num_steps, self._start, self._enabled = name, num_steps, start, enabled
         self._plain_every_s, self._clock = plain_every_s, clock
         self._started = self._printed = clock()
         self._bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
+            TextColumn(escape(name)), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True), console=self._console, auto_refresh=False,
             disable=not (enabled and self._console.is_terminal))
-        self._task = self._bar.add_task("training", total=num_steps, completed=start, figures="")
+        self._task = self._bar.add_task(name, total=num_steps, completed=start, figures="")
         self._train: dict[str, Any] = {}
         self._auc: object = None
 
@@ -146,7 +146,7 @@ class TrainProgress:
         if evaluation:
             figures = "  ".join(f"{METRIC_TITLES[name]} {format_metric(name, evaluation.get(name))}"
                                 for name in ("auc", "logloss", "gauc"))
-            self._console.print(f"step {format_count(step)}: validation {figures}", markup=False)
+            self._console.print(f"{self._name}: step {format_count(step)}: validation {figures}", markup=False)
         elif not self._console.is_terminal:
             self._print_plain(step)
         self._bar.update(self._task, completed=step, figures=self._figures(), refresh=True)
@@ -158,8 +158,8 @@ class TrainProgress:
         self._printed = now
         done = step - self._start
         left_s = (now - self._started) / done * (self._num_steps - step) if done else 0.0
-        self._console.print(f"step {format_count(step)} of {format_count(self._num_steps)}  {self._figures()}  "
-                            f"{format_clock(left_s)} left", markup=False)
+        self._console.print(f"{self._name}: step {format_count(step)} of {format_count(self._num_steps)}  "
+                            f"{self._figures()}  {format_clock(left_s)} left", markup=False)
 
     def _figures(self) -> str:
         parts = [f"loss {format_metric('loss', self._train.get('loss'))}"]

@@ -40,7 +40,7 @@ def train(job: Job) -> list[Row] | None:
         jobs = [job, *baseline_jobs(job).values()]
         for each in jobs:
             check_job(each, dataset, world)
-        rows = [_train_one(each, dataset, world) for each in jobs]
+        rows = [_train_one(each, dataset, world, show_plan=each is job) for each in jobs]
         if not world.is_main:
             return None
         write_atomically(job.run_dir / "results.json", json.dumps(rows, indent=2))
@@ -48,13 +48,14 @@ def train(job: Job) -> list[Row] | None:
         return rows
 
 
-def _train_one(job: Job, dataset: Dataset, world: World) -> Row:
+def _train_one(job: Job, dataset: Dataset, world: World, show_plan: bool) -> Row:
     num_workers = resolve_num_workers(job.elastic, world.size)
     on_main(world, lambda: open_run_dir(job, dataset, num_workers))
     trainer = _build_trainer(job, dataset, world, num_workers)
     checkpoints = _checkpoints(job, trainer)
     if world.is_main:
-        plan_table(describe_plan(trainer.parallel.plan))
+        if show_plan:
+            plan_table(describe_plan(trainer.parallel.plan))
         save_plan(trainer.parallel.plan, job.run_dir / "plan.json")
     with RunLog(job.run_dir, trainer.step) if world.is_main else nullcontext() as log:
         trainer.fit(checkpoints, log)

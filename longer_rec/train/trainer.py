@@ -123,7 +123,7 @@ class Trainer:
         loader = TrainLoader(self.dataset, self.job.data, seed=self.job.seed, num_workers=self.num_workers,
                              workers=self.workers, start_step=self.step, num_steps=self.num_steps - self.step)
         cadence = self.job.train
-        with TrainProgress(self.num_steps, start=self.step, enabled=self.world.is_main) as progress:
+        with TrainProgress(self.job.name, self.num_steps, self.step, enabled=self.world.is_main) as progress:
             self.clock.take()
             for batches in loader:
                 result = self.train_step([batch.to(self.world.device) for batch in batches])

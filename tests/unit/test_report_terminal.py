@@ -89,7 +89,7 @@ def train_line(loss):
 
 def test_a_log_gets_a_line_in_ten_seconds_and_always_the_last_step_and_evaluations():
     screen, now = console(), [0.0]
-    with TrainProgress(1000, start=100, console=screen, clock=lambda: now[0]) as progress:
+    with TrainProgress("LONGER", 1000, start=100, console=screen, clock=lambda: now[0]) as progress:
         for step in range(120, 1001, 20):
             now[0] += 1.0
             progress.update(step, train_line(0.5))
@@ -97,30 +97,30 @@ def test_a_log_gets_a_line_in_ten_seconds_and_always_the_last_step_and_evaluatio
                 progress.update(step, {"validation_auc": 0.7412, "validation_logloss": 0.41, "validation_gauc": NAN})
     lines = squeezed(screen)
     assert lines == [
-        "step 300 of 1,000 loss 0.5000 1,234 requests/s 0:35 left",
-        "step 500 of 1,000 loss 0.5000 1,234 requests/s 0:25 left",
-        "step 500: validation AUC 0.7412 LogLoss 0.4100 GAUC –",
-        "step 700 of 1,000 loss 0.5000 AUC 0.7412 1,234 requests/s 0:15 left",
-        "step 900 of 1,000 loss 0.5000 AUC 0.7412 1,234 requests/s 0:05 left",
-        "step 1,000 of 1,000 loss 0.5000 AUC 0.7412 1,234 requests/s 0:00 left"]
+        "LONGER: step 300 of 1,000 loss 0.5000 1,234 requests/s 0:35 left",
+        "LONGER: step 500 of 1,000 loss 0.5000 1,234 requests/s 0:25 left",
+        "LONGER: step 500: validation AUC 0.7412 LogLoss 0.4100 GAUC –",
+        "LONGER: step 700 of 1,000 loss 0.5000 AUC 0.7412 1,234 requests/s 0:15 left",
+        "LONGER: step 900 of 1,000 loss 0.5000 AUC 0.7412 1,234 requests/s 0:05 left",
+        "LONGER: step 1,000 of 1,000 loss 0.5000 AUC 0.7412 1,234 requests/s 0:00 left"]
 
 
 def test_a_terminal_gets_a_bar_and_evaluations_stay_above_it():
     screen = console(terminal=True, width=100)
-    with TrainProgress(50, console=screen) as progress:
+    with TrainProgress("LONGER", 50, console=screen) as progress:
         progress.update(25, train_line(0.5))
         progress.update(25, {"validation_auc": 0.7, "validation_logloss": 0.4, "validation_gauc": 0.6})
         progress.update(50, train_line(0.4))
     text = re.sub(r"\x1b\[[\d;?]*\w", "", printed(screen))
     assert "━" in text
     assert "50/50 loss 0.4000  AUC 0.7000  1,234 requests/s" in text
-    assert text.count("step 25: validation AUC 0.7000") == 1
+    assert text.count("LONGER: step 25: validation AUC 0.7000") == 1
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_other_ranks_stay_silent(terminal):
     screen = console(terminal=terminal)
-    with TrainProgress(10, enabled=False, console=screen) as progress:
+    with TrainProgress("LONGER", 10, enabled=False, console=screen) as progress:
         progress.update(10, train_line(0.5))
         progress.update(10, {"validation_auc": 0.7})
     assert printed(screen) == ""
@@ -128,9 +128,9 @@ def test_other_ranks_stay_silent(terminal):
 
 def test_a_run_with_nothing_left_to_do_divides_by_nothing():
     screen = console()
-    with TrainProgress(100, start=100, console=screen) as progress:
+    with TrainProgress("LONGER", 100, start=100, console=screen) as progress:
         progress.update(100, train_line(NAN))
-    assert squeezed(screen) == ["step 100 of 100 loss – 1,234 requests/s 0:00 left"]
+    assert squeezed(screen) == ["LONGER: step 100 of 100 loss – 1,234 requests/s 0:00 left"]
 
 
 @pytest.mark.parametrize(("text", "expected"), [
