@@ -15,8 +15,6 @@ import pydantic
 from longer_rec.config import Config, build_config
 from longer_rec.errors import DataError
 
-OOV_ROW = 0
-
 
 class Table(Config):
     """One embedding table; several features may share it."""

@@ -199,5 +199,3 @@ def _check_keys(path: Path, saved: Mapping[str, TensorEntry], wanted: Mapping[st
         if entry != saved[key]:
             raise CheckpointError(f"{path}: tensor {key!r} is {saved[key].dtype} {saved[key].shape}, this model has "
                                   f"{entry.dtype} {entry.shape}; load it with the configuration it was saved with")
-
-

@@ -1,6 +1,5 @@
 """Requests into batches: histories cut strictly before the request's time when the batch is made, never before."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from torch import Tensor
 from longer_rec.batch import RequestBatch
 from longer_rec.data.history import Dataset
 from longer_rec.data.order import I64, hash_u64
-from longer_rec.data.partition import ranges
 from longer_rec.errors import DataError
 
 _MAX_DRAWS = 256
@@ -29,7 +27,7 @@ def make_batch(dataset: Dataset, rows: Any, *, max_events: int, epoch: Any = Non
     request = {name: dataset.requests.take(name, row_B) for name in ("user", "time", "event_end")}
     first = dataset.user_start.take("start", request["user"])
     length = np.minimum(request["event_end"] - first, max_events)
-    at = ranges(request["event_end"] - length, length)
+    at = _ranges(request["event_end"] - length, length)
     item = dataset.events.take("item", at)
     candidate_item, num_candidates, label = _candidates(dataset, row_B, epoch)
     history = _item_features(dataset, item)
@@ -43,6 +41,12 @@ def make_batch(dataset: Dataset, rows: Any, *, max_events: int, epoch: Any = Non
         num_candidates_B=_tensor(num_candidates),
         label_CY=torch.from_numpy(label.astype(np.float32)).unsqueeze(1), users=users, user_length_B=user_length,
         user_dense_BF=torch.zeros(len(row_B), 0), request_time_B=_tensor(request["time"]), request_row_B=_tensor(row_B))
+
+
+def _ranges(start: I64, length: I64) -> I64:
+    """start[i], start[i] + 1, ... of each i, one range after the other."""
+    first = np.cumsum(length) - length
+    return np.arange(int(length.sum()), dtype=np.int64) + np.repeat(start - first, length)
 
 
 def _tensor(values: npt.NDArray[Any]) -> Tensor:
@@ -60,7 +64,7 @@ def _users(dataset: Dataset, user: I64) -> tuple[dict[str, Tensor], dict[str, Te
         at, length = user, np.ones(len(user), np.int64)
         if column.offsets is not None:
             length = column.offsets[user + 1] - column.offsets[user]
-            at = ranges(column.offsets[user], length)
+            at = _ranges(column.offsets[user], length)
         ids[name], lengths[name] = _tensor(column.ids[at]), _tensor(length)
     return ids, lengths
 
@@ -69,7 +73,7 @@ def _candidates(dataset: Dataset, row_B: I64, epoch: Any) -> tuple[I64, I64, npt
     """Items, number per request, labels; with sampled negatives the positives of a request come first."""
     start, count = dataset.requests.take("candidate_start", row_B), dataset.requests.take("num_candidates", row_B)
     count = count.astype(np.int64)
-    at = ranges(start, count)
+    at = _ranges(start, count)
     item = dataset.candidates.take("item", at).astype(np.int64)
     per_positive = dataset.config.candidates.per_positive
     if per_positive is None:
@@ -80,9 +84,9 @@ def _candidates(dataset: Dataset, row_B: I64, epoch: Any) -> tuple[I64, I64, npt
     first = np.cumsum(total) - total
     merged = np.empty(int(total.sum()), np.int64)
     label = np.zeros(len(merged), np.float32)
-    positive_at = ranges(first, count)
+    positive_at = _ranges(first, count)
     merged[positive_at], label[positive_at] = item, 1
-    merged[ranges(first + count, count * per_positive)] = negative
+    merged[_ranges(first + count, count * per_positive)] = negative
     return merged, total, label
 
 
@@ -97,7 +101,7 @@ def _negatives(dataset: Dataset, row_B: I64, epoch_B: I64, positive: I64, num_po
     request = np.arange(len(row_B))
     taken = np.sort(np.repeat(request, num_positives) * num_items + positive)
     owner = np.repeat(request, wanted)
-    slot = ranges(np.zeros(len(row_B), np.int64), wanted)
+    slot = _ranges(np.zeros(len(row_B), np.int64), wanted)
     key = hash_u64(dataset.config.negatives_seed, epoch_B[owner], row_B[owner], slot)
     drawn = np.empty(len(owner), np.int64)
     open_ = np.arange(len(owner))
@@ -111,11 +115,3 @@ def _negatives(dataset: Dataset, row_B: I64, epoch_B: I64, positive: I64, num_po
     row = int(row_B[owner[open_[0]]])
     raise DataError(f"request {row}: no negative in {_MAX_DRAWS} draws, its {num_positives[owner[open_[0]]]} positives "
                     f"are nearly all of the {num_items - 1} items; use candidates.kind=rows or fewer positives")
-
-
-def batch_bytes(batch: RequestBatch) -> int:
-    """Bytes of all tensors of a batch."""
-    def size(value: Tensor | Mapping[str, Tensor]) -> int:
-        return sum(map(size, value.values())) if isinstance(value, Mapping) else value.numel() * value.element_size()
-
-    return sum(size(value) for value in vars(batch).values())

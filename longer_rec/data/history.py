@@ -115,9 +115,7 @@ def _read_columns(path: Path) -> dict[str, UserColumn]:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
     columns: dict[str, UserColumn] = {}
     for name, column in zip(table.column_names, table.columns, strict=True):
-        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        if isinstance(array, pa.ChunkedArray):
-            array = array.chunk(0)
+        array = column.chunk(0)
         if pa.types.is_large_list(array.type):
             columns[name] = UserColumn(_numpy(array.values), _numpy(array.offsets))
         elif name != "raw user":

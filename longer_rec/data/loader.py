@@ -32,8 +32,8 @@ class TrainLoader:
     """One ``list[RequestBatch]`` a step: a batch for each own logical worker, in their order.
 
     What a worker gets at a step is a function of (seed, step, worker, num_workers) and the dataset; neither the
-    grouping of workers into processes nor a restart changes it. The whole state is ``samples_consumed``. After each
-    step ``wait_s`` holds the seconds the trainer waited for it. ``fork`` shares the mapped files with the background
+    grouping of workers into processes nor a restart changes it. The whole state is the step. After each step
+    ``wait_s`` holds the seconds the trainer waited for it. ``fork`` shares the mapped files with the background
     processes, so make the loader before threads that hold locks exist.
     """
 
@@ -45,10 +45,6 @@ class TrainLoader:
         self._num_workers, self._workers = num_workers, workers
         self._steps = range(start_step, start_step + num_steps)
         self.wait_s = 0.0
-
-    def samples_consumed(self, num_steps_done: int) -> int:
-        """Requests that all workers together have taken after that many steps from the beginning of the run."""
-        return num_steps_done * self._num_workers * self._config.batch_requests
 
     def make_step(self, step: int) -> list[RequestBatch]:
         """The validated batches of a step, in this process."""
@@ -63,9 +59,6 @@ class TrainLoader:
                            epoch=epoch if self._config.fresh_negatives else 0)
         validate_batch(batch, self._dataset.schema)
         return batch
-
-    def __len__(self) -> int:
-        return len(self._steps)
 
     def __iter__(self) -> Iterator[list[RequestBatch]]:
         steps = iter(_background(self.make_step, self._steps, self._config))
@@ -101,9 +94,6 @@ class EvalLoader:
         batch = make_batch(self._dataset, rows, max_events=self._config.max_events)
         validate_batch(batch, self._dataset.schema)
         return batch
-
-    def __len__(self) -> int:
-        return len(self._blocks)
 
     def __iter__(self) -> Iterator[tuple[int, RequestBatch]]:
         batches = _background(lambda block: [self.make_block(block)], self._blocks, self._config)

@@ -1,7 +1,6 @@
 """One sorted partition of the log as the arrays that counting and writing share."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -109,20 +108,3 @@ class TimeHistogram:
 
         train, validation, _ = split.fractions
         return Cuts(split, cut(train), cut(train + validation))
-
-
-def ranges(start: I64, length: I64) -> I64:
-    """start[i], start[i] + 1, ... of each i, one range after the other."""
-    first = np.cumsum(length) - length
-    return np.arange(int(length.sum()), dtype=np.int64) + np.repeat(start - first, length)
-
-
-def percentiles(histogram: npt.NDArray[Any]) -> dict[str, float]:
-    """Mean, median, 90th percentile and maximum of counts by value (0, 1, 2, ...)."""
-    total = int(histogram.sum())
-    if total == 0:
-        return {}
-    upto = np.cumsum(histogram)
-    return {"mean": round(float((histogram * np.arange(len(histogram))).sum() / total), 2),
-            "p50": int(np.searchsorted(upto, 0.5 * total)), "p90": int(np.searchsorted(upto, 0.9 * total)),
-            "max": int(np.flatnonzero(histogram)[-1])}

@@ -20,7 +20,6 @@ class LogSource:
     generate: Callable[[], Iterator[pl.DataFrame]] | None = None
     settings: str = ""
     generated_rows: int = 0
-    note: str = ""
 
     def input_hashes(self) -> dict[str, str]:
         """SHA-256 of every input file by name."""

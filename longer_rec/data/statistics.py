@@ -170,5 +170,3 @@ def count_contradictions(frame: pl.DataFrame, features: tuple[FeatureConfig, ...
     columns = [f"r:{feature.name}" for feature in features if f"r:{feature.name}" in frame.columns]
     differs = [pl.col(column).ne_missing(pl.col(f"max {column}")) for column in columns]
     return len(frame.filter(pl.any_horizontal(differs))) if differs else 0
-
-

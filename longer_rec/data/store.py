@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -27,9 +26,9 @@ def read_frame(path: Path) -> pl.DataFrame:
 class ColumnWriter:
     """Appends rows of fixed-width columns to an uncompressed Arrow IPC file.
 
-    Every record batch has 2^18 rows, the last one filled up with zeros (``rows`` in the schema's metadata is not
-    known yet then; the manifest keeps the count): batches of equal size lie at equal distances, which is what lets
-    ``ColumnTable`` index the whole file without copying it together. A file of one batch is not filled up.
+    Every record batch has 2^18 rows, the last one filled up with zeros (the manifest keeps the true count): batches
+    of equal size lie at equal distances, which is what lets ``ColumnTable`` index the whole file without copying it
+    together. A file of one batch is not filled up.
     """
 
     def __init__(self, path: Path, dtypes: Mapping[str, npt.DTypeLike]) -> None:
@@ -47,12 +46,13 @@ class ColumnWriter:
         self._num_pending += count
         self.num_rows += count
         if self._num_pending >= 1 << _BATCH_BITS:
-            self._flush(1 << _BATCH_BITS)
+            self._write_whole_batches()
 
-    def _flush(self, batch_rows: int) -> None:
+    def _write_whole_batches(self) -> None:
+        batch_rows = 1 << _BATCH_BITS
         columns = {name: np.concatenate(parts) for name, parts in self._pending.items()}
         done = 0
-        while self._num_pending - done >= batch_rows > 0:
+        while self._num_pending - done >= batch_rows:
             self._write({name: column[done:done + batch_rows] for name, column in columns.items()})
             done += batch_rows
         self._num_pending -= done
@@ -72,13 +72,12 @@ class ColumnWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class ColumnTable:
-    """The columns of a ``ColumnWriter``'s file, memory-mapped; ``take`` gathers rows, ``column`` reads one whole."""
+    """The columns of a ``ColumnWriter``'s file, memory-mapped; ``take`` gathers rows."""
 
     def __init__(self, path: Path, num_rows: int) -> None:
         self.num_rows = num_rows
@@ -96,10 +95,6 @@ class ColumnTable:
         if chunks.shape[0] == 1:
             return chunks[0].take(row)
         return chunks[row >> _BATCH_BITS, row & ((1 << _BATCH_BITS) - 1)]
-
-    def column(self, name: str) -> Array:
-        """The whole column, copied together where it has more than one batch: for reports, not for batches."""
-        return self._columns[name].reshape(-1)[:self.num_rows]
 
 
 def _view(path: Path, whole: Array, reader: pa.RecordBatchFileReader, index: int) -> Array:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from longer_rec.data.describe import LogConfig
 from longer_rec.data.order import I64
-from longer_rec.data.partition import SPLITS, Cuts, Partition, percentiles, view_partition
+from longer_rec.data.partition import SPLITS, Cuts, Partition, view_partition
 from longer_rec.data.sources import LogSource
 from longer_rec.data.spill import Spill, summarise
 from longer_rec.data.store import Array, ColumnTable, ColumnWriter
@@ -57,6 +57,17 @@ class StoreReport:
                 "num_users": self.num_users, "events_per_user": percentiles(self.events_per_user),
                 "history_length": percentiles(self.history_length),
                 "history_length_histogram": power_of_two_histogram(self.history_length), **self.log}
+
+
+def percentiles(histogram: I64) -> dict[str, float]:
+    """Mean, median, 90th percentile and maximum of counts by value (0, 1, 2, ...)."""
+    total = int(histogram.sum())
+    if total == 0:
+        return {}
+    upto = np.cumsum(histogram)
+    return {"mean": round(float((histogram * np.arange(len(histogram))).sum() / total), 2),
+            "p50": int(np.searchsorted(upto, 0.5 * total)), "p90": int(np.searchsorted(upto, 0.9 * total)),
+            "max": int(np.flatnonzero(histogram)[-1])}
 
 
 def power_of_two_histogram(counts: I64) -> list[tuple[int, int, int]]:

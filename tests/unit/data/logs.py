@@ -9,6 +9,7 @@ import yaml
 
 from longer_rec.data.history import Dataset, open_dataset
 from longer_rec.data.prepare import prepare
+from longer_rec.data.store import ColumnTable
 
 DESCRIPTION = {
     "name": "small",
@@ -45,6 +46,11 @@ def write_log(directory: Path, log: pl.DataFrame, description: dict = DESCRIPTIO
 
 def prepared(directory: Path, log: pl.DataFrame, description: dict = DESCRIPTION) -> Dataset:
     return open_dataset(prepare(str(write_log(directory, log, description)), directory / "out"))
+
+
+def whole(table: ColumnTable, name: str) -> np.ndarray:
+    """All values of a column."""
+    return table.take(name, np.arange(table.num_rows))
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ import polars as pl
 import pytest
 
 from longer_rec.batch import validate_batch
-from longer_rec.data import files, spill, store
+from longer_rec.data import files, store
 from longer_rec.data import prepare as prepare_module
 from longer_rec.data.batches import make_batch
 from longer_rec.data.encode import Vocabulary, encode_values
 from longer_rec.data.history import Dataset, open_dataset
 from longer_rec.data.prepare import prepare
+from longer_rec.data.spill import Spill
 from longer_rec.errors import ConfigError, DataError
-from tests.unit.data.logs import DESCRIPTION, LABELLED, naive_requests, prepared, random_log, write_log
+from tests.unit.data.logs import DESCRIPTION, LABELLED, naive_requests, prepared, random_log, whole, write_log
 
 SPLITS = ("train", "validation", "test")
 
@@ -135,7 +136,7 @@ def test_ties_are_in_no_order_of_items(tmp_path: Path) -> None:
                         "price": 1.0, "place": "x",
                         "when": np.repeat(np.arange(50) * 100, 42) + np.tile(np.arange(42) // 40, 50)})
     dataset = prepared(tmp_path, log, {**DESCRIPTION, "split": {"fractions": [1, 0, 0]}})
-    order = dataset.events.column("item").reshape(50, 42)[:, :40].astype(np.int64)
+    order = whole(dataset.events, "item").reshape(50, 42)[:, :40].astype(np.int64)
     assert np.array_equal(np.sort(order, axis=1), np.tile(np.arange(1, 41), (50, 1)))
     rank = np.corrcoef(order.ravel(), np.tile(np.arange(40), 50))[0, 1]
     assert abs(rank) < 0.1
@@ -175,7 +176,7 @@ def test_unseen_positives_are_dropped_beside_sampled_negatives(tmp_path: Path) -
 def test_per_user_split_follows_each_users_own_time(tmp_path: Path) -> None:
     log = random_log(num_rows=2000, num_users=15)
     dataset = prepared(tmp_path, log, {**LABELLED, "split": {"kind": "per_user", "fractions": [0.7, 0.2, 0.1]}})
-    user, time = dataset.requests.column("user"), dataset.requests.column("time")
+    user, time = whole(dataset.requests, "user"), whole(dataset.requests, "time")
     split = np.repeat([0, 1, 2], [dataset.num_requests(one) for one in SPLITS])
     for one in range(15):
         mine = np.argsort(time[user == one])
@@ -187,7 +188,7 @@ def test_per_user_split_follows_each_users_own_time(tmp_path: Path) -> None:
 
 def test_global_split_cuts_at_one_time(tmp_path: Path) -> None:
     dataset = prepared(tmp_path, random_log(num_rows=3000), {**LABELLED, "split": {"fractions": [0.5, 0.3, 0.2]}})
-    times = [dataset.requests.column("time")[list(dataset.split_rows(split))] for split in SPLITS]
+    times = [whole(dataset.requests, "time")[list(dataset.split_rows(split))] for split in SPLITS]
     assert times[0].max() < times[1].min() <= times[1].max() < times[2].min()
     total = sum(map(len, times))
     assert np.allclose([len(one) / total for one in times], [0.5, 0.3, 0.2], atol=0.02)
@@ -233,7 +234,7 @@ def test_rare_values_share_row_0(tmp_path: Path) -> None:
 def test_quantiles_make_equally_full_buckets(tmp_path: Path) -> None:
     feature = {"name": "price", "type": "bucketed", "quantiles": 4}
     dataset = prepared(tmp_path, random_log(4000), {**DESCRIPTION, "event_features": [feature]})
-    counts = np.bincount(dataset.events.column("price"), minlength=5)
+    counts = np.bincount(whole(dataset.events, "price"), minlength=5)
     assert counts[0] == 0
     assert counts[1:].min() > 0.22 * counts.sum()
 
@@ -332,14 +333,13 @@ def test_every_damaged_file_is_named(tmp_path: Path) -> None:
     assert open_dataset(dataset.path).fingerprint == dataset.fingerprint
 
 
-def test_spilled_rows_stay_within_their_users_partition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "_PARTITION_ROWS", 20)
-    users, added = [], spill.Spill.add
-
-    def spy(self: spill.Spill, frame: pl.DataFrame) -> None:
-        users.append(self.num_partitions)
-        added(self, frame)
-
-    monkeypatch.setattr(spill.Spill, "add", spy)
-    prepared(tmp_path, random_log(num_users=100))
-    assert users[0] == 32
+def test_a_user_lies_in_one_partition_and_no_row_is_lost(tmp_path: Path) -> None:
+    log = random_log(num_users=100).select(user="who", item="what", time="when")
+    partitions = Spill(tmp_path, num_partitions=32)
+    for start in range(0, len(log), 100):
+        partitions.add(log[start:start + 100])
+    partitions.close()
+    frames = list(partitions.frames())
+    assert len(frames) > 16
+    assert sum(frame["user"].n_unique() for frame in frames) == log["user"].n_unique()
+    assert pl.concat(frames).select("user", "item", "time").sort(pl.all()).equals(log.sort(pl.all()))
