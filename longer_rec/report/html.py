@@ -16,10 +16,12 @@ from longer_rec.report import charts
 from longer_rec.report.numbers import (
     METRIC_TITLES,
     MISSING,
+    RESULT_METRICS,
     format_bytes,
     format_count,
     format_duration,
     format_metric,
+    format_ranks,
     is_number,
 )
 from longer_rec.report.run_files import Line, RunFiles, read_run_files
@@ -28,7 +30,6 @@ from longer_rec.report.terminal import best_value
 Section = dict[str, Any]
 
 SPLITS: Final = ("train", "validation", "test")
-_METRICS: Final = ("auc", "gauc", "logloss", "ne", "calibration")
 # Parts of a step in the order in which they happen.
 _PARTS: Final = {"time_data_s": "waiting for data", "time_lookup_s": "lookup", "time_tower_s": "tower",
                  "time_reduce_s": "reduction", "time_sparse_s": "sparse update", "time_dense_s": "dense update"}
@@ -67,7 +68,7 @@ def headline(files: RunFiles) -> Section:
         tiles.append(("steps", format_count(train[-1]["step"])))
     if _points(train, "requests_per_s"):
         tiles.append(("requests/s", format_count(round(_mean(train, "requests_per_s")))))
-    run, version = files.run, _version_of(files.run, "longer_rec")
+    run, version = files.run, files.run.get("versions", {}).get("longer_rec")
     ranks = files.plan.get("world_size")
     origin = [
         str(run.get("started", ""))[:16].replace("T", " ") + " UTC" * str(run.get("started")).endswith("+00:00"),
@@ -84,19 +85,18 @@ def results(files: RunFiles) -> Section | None:
     rows = files.results
     if not rows:
         return None
-    metrics = [name for name in _METRICS if any(is_number(row.get(name)) for row in rows)]
+    metrics = [name for name in RESULT_METRICS if any(is_number(row.get(name)) for row in rows)]
     best = {name: best_value(name, rows) if len(rows) > 1 else None for name in metrics}
     first = rows[0]
     counts = [f"{format_count(first[key])} {what}" for key, what in (
         ("num_candidates", "candidates"), ("num_gauc_users", "users with both classes")) if is_number(first.get(key))]
     return {
         "titles": [METRIC_TITLES[name] for name in metrics],
-        "rows": [{"name": row.get("name", MISSING), "note": row.get("note") or "",
+        "rows": [{"name": row.get("name", MISSING),
                   "time": format_duration(row["train_s"]) if row.get("train_s") else "",
                   "cells": [(format_metric(name, row.get(name)), best[name] is not None and row.get(name) == best[name])
                             for name in metrics]} for row in rows],
         "timed": any(row.get("train_s") for row in rows),
-        "noted": any(row.get("note") for row in rows),
         "about": ", ".join(counts) + ("; the best of each column in bold" if len(rows) > 1 else ""),
     }
 
@@ -142,16 +142,15 @@ def speed(files: RunFiles) -> Section | None:
 
 
 def data(files: RunFiles) -> Section | None:
-    """The summary of the prepared data, whatever it holds: facts, one row for each quantity told by split, notes."""
+    """The summary of the prepared data, whatever it holds: facts, and one row for each quantity told by split."""
     summary = dict(files.run.get("data") or {})
     if not summary:
         return None
     histogram = summary.pop("history_length_histogram", None)
     shown = {"name": summary.pop("name", ""), "about": summary.pop("description", "")}
-    notes = summary.pop("notes", [])
     by_split = [row for key, value in summary.items() for row in _split_rows(key, value)]
     return {
-        **shown, "notes": [notes] if isinstance(notes, str) else notes, "by_split": by_split,
+        **shown, "by_split": by_split,
         "facts": [(title(key), fact(key, value)) for key, value in summary.items() if not _split_rows(key, value)],
         "splits": [split for split in SPLITS if any(split in row for _, row in by_split)],
         "chart": _histogram(histogram, files.config),
@@ -179,7 +178,7 @@ def plan(files: RunFiles) -> Section | None:
     return {
         "rows": [{"colour": min(number, len(charts.SERIES) - 1) + 1, "table": table["table"],
                   "rows": format_count(table["rows"]), "dim": table["dim"], "sharding": table["sharding_type"],
-                  "kernel": table.get("kernel", MISSING), "ranks": _span(table["ranks"]),
+                  "kernel": table.get("kernel", MISSING), "ranks": format_ranks(table["ranks"]),
                   "weights": format_bytes(table["weight_bytes"]), "optimizer": format_bytes(table["optimizer_bytes"])}
                  for number, table in enumerate(tables)],
         "total": format_bytes(sum(map(sum, held))), "num_ranks": num_ranks,
@@ -230,11 +229,6 @@ def _final_metrics(files: RunFiles) -> tuple[Mapping[str, Any], str]:
     return {}, ""
 
 
-def _version_of(run: Mapping[str, Any], package: str) -> object:
-    versions = run.get("versions")
-    return (versions if isinstance(versions, Mapping) else run).get(package)
-
-
 def _points(lines: Iterable[Line], key: str) -> list[tuple[float, float]]:
     return [(line["step"], line[key]) for line in lines if is_number(line.get(key)) and math.isfinite(line[key])]
 
@@ -253,11 +247,8 @@ def _durations(lines: Sequence[Line]) -> list[float]:
 
 def _split_rows(key: str, value: Any) -> list[tuple[str, dict[str, str]]]:
     """(title, text by split) for a value told by split, or for each name of a group told by split, else nothing."""
-    if _is_by_split(value) and not any(isinstance(part, Mapping) for part in value.values()):
-        return [(title(key), {split: fact(key, part) for split, part in value.items()})]
     if _is_by_split(value):
-        names = dict.fromkeys(name for part in value.values() for name in part)
-        value = {name: {split: part.get(name) for split, part in value.items()} for name in names}
+        return [(title(key), {split: fact(key, part) for split, part in value.items()})]
     if isinstance(value, Mapping) and value and all(_is_by_split(part) for part in value.values()):
         return [(f"{title(key)}: {name.replace('_', ' ')}", {split: fact(key, one) for split, one in part.items()})
                 for name, part in value.items()]
@@ -292,10 +283,3 @@ def _bytes_on_ranks(table: Mapping[str, Any], num_ranks: int) -> list[float]:
         for rank in table["ranks"]:
             held[rank] = whole
     return held
-
-
-def _span(ranks: Sequence[int]) -> str:
-    held = sorted(set(ranks))
-    if len(held) > 2 and held == list(range(held[0], held[-1] + 1)):
-        return f"{held[0]}–{held[-1]}"
-    return ", ".join(map(str, held))

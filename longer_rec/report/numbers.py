@@ -1,6 +1,7 @@
 """Numbers as people read them, the same in the terminal and in the report."""
 
 import math
+from collections.abc import Iterable
 from typing import Final
 
 MISSING: Final = "–"
@@ -10,6 +11,9 @@ _METRIC_DECIMALS: Final = {"auc": 4, "gauc": 4, "logloss": 4, "ne": 4, "calibrat
 
 METRIC_TITLES: Final = {"auc": "AUC", "gauc": "GAUC", "logloss": "LogLoss", "ne": "NE", "calibration": "Calibration",
                         "base_rate": "Base rate", "loss": "Loss"}
+
+# The metrics of a closing table, in the order of its columns.
+RESULT_METRICS: Final = ("auc", "gauc", "logloss", "ne", "calibration")
 
 
 def is_number(value: object) -> bool:
@@ -46,6 +50,14 @@ def format_duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_ranks(ranks: Iterable[int]) -> str:
+    """Distinct ranks in order: "0–3", or "0, 2"."""
+    held = sorted(set(ranks))
+    if len(held) > 2 and held == list(range(held[0], held[-1] + 1)):
+        return f"{held[0]}–{held[-1]}"
+    return ", ".join(map(str, held))
 
 
 def format_clock(seconds: float) -> str:

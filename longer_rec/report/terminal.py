@@ -12,11 +12,13 @@ from rich.table import Table
 
 from longer_rec.report.numbers import (
     METRIC_TITLES,
+    RESULT_METRICS,
     format_bytes,
     format_clock,
     format_count,
     format_duration,
     format_metric,
+    format_ranks,
     is_number,
 )
 
@@ -25,7 +27,6 @@ Row = Mapping[str, Any]
 # Rich assumes 80 columns where there is no terminal, and folds tables that a log file has room for.
 _LOG_WIDTH: Final = 140
 _STATUS_STYLE: Final = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-_METRICS: Final = ("auc", "gauc", "logloss", "ne", "calibration")
 
 
 class Check(Protocol):
@@ -47,12 +48,13 @@ def make_console() -> Console:
 
 
 def plan_table(rows: Sequence[Row], console: Console | None = None) -> None:
-    """Print the sharding plan: one row a table with its placement and its bytes, and their sum."""
+    """Print the tables of a ``plan.json``: one row each with its placement and its bytes, and their sum."""
     table = _table("Sharding plan", ["table", "rows", "dim", "sharding", "kernel", "ranks", "weights", "optimizer"],
                    numeric=("rows", "dim", "weights", "optimizer"))
     for row in rows:
-        table.add_row(escape(row["table"]), format_count(row["rows"]), str(row["dim"]), row["sharding"], row["kernel"],
-                      str(row["ranks"]), format_bytes(row["weight_bytes"]), format_bytes(row["optimizer_bytes"]))
+        table.add_row(escape(row["table"]), format_count(row["rows"]), str(row["dim"]), row["sharding_type"],
+                      row["kernel"], format_ranks(row["ranks"]), format_bytes(row["weight_bytes"]),
+                      format_bytes(row["optimizer_bytes"]))
     table.add_section()
     totals = (format_bytes(sum(row[key] for row in rows)) for key in ("weight_bytes", "optimizer_bytes"))
     table.add_row(f"{len(rows)} tables", format_count(sum(row["rows"] for row in rows)), "", "", "", "", *totals,
@@ -62,10 +64,10 @@ def plan_table(rows: Sequence[Row], console: Console | None = None) -> None:
 
 def results_table(rows: Sequence[Row], console: Console | None = None) -> None:
     """Print the metrics of each model, the best of a column in bold; the first row is the run itself."""
-    metrics = [name for name in _METRICS if any(is_number(row.get(name)) for row in rows)]
-    timed, noted = any(row.get("train_s") for row in rows), any(row.get("note") for row in rows)
+    metrics = [name for name in RESULT_METRICS if any(is_number(row.get(name)) for row in rows)]
+    timed = any(row.get("train_s") for row in rows)
     numeric = [METRIC_TITLES[name] for name in metrics] + ["training"] * timed
-    table = _table("Results", ["model", *numeric, *["note"] * noted], numeric)
+    table = _table("Results", ["model", *numeric], numeric)
     best = {name: best_value(name, rows) for name in metrics}
     for row in rows:
         cells = [escape(str(row["name"]))]
@@ -73,7 +75,6 @@ def results_table(rows: Sequence[Row], console: Console | None = None) -> None:
             text = format_metric(name, row.get(name))
             cells.append(f"[bold]{text}[/]" if len(rows) > 1 and row.get(name) == best[name] else text)
         cells += [format_duration(row["train_s"]) if row.get("train_s") else ""] * timed
-        cells += [escape(row.get("note") or "")] * noted
         table.add_row(*cells)
     (console or make_console()).print(table)
 
@@ -103,7 +104,7 @@ def _table(title: str | None, columns: Sequence[str], numeric: Container[str] = 
     """Borderless; numbers to the right, and only free text may fold."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 2))
     for name in columns:
-        table.add_column(name, justify="right" if name in numeric else "left", no_wrap=name not in ("note", "found"))
+        table.add_column(name, justify="right" if name in numeric else "left", no_wrap=name != "found")
     return table
 
 

@@ -1,9 +1,7 @@
 """A sharding plan as data: what is printed, saved as ``plan.json``, agreed on by all ranks, and then obeyed."""
 
-import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pydantic
 from torchrec.distributed.types import (
@@ -76,38 +74,6 @@ class SparsePlan(Config):
             # Placements name the device within its host; hosts of one run hold equally many ranks.
             device = f"cuda:{rank % self.ranks_per_host}"
         return f"rank:{rank}/{device}"
-
-def describe_plan(plan: SparsePlan) -> list[dict[str, Any]]:
-    """One flat row a table for the terminal and the report; ``ranks`` is text such as "0-3"."""
-    return [{"table": table.table, "rows": table.rows, "dim": table.dim, "sharding": table.sharding_type,
-             "kernel": table.kernel, "ranks": _span(table.ranks), "weight_bytes": table.weight_bytes,
-             "optimizer_bytes": table.optimizer_bytes, "pooled": table.pooled, "exact": table.exact}
-            for table in plan.tables]
-
-
-def _span(ranks: tuple[int, ...]) -> str:
-    held = sorted(set(ranks))
-    if len(held) > 2 and held == list(range(held[0], held[-1] + 1)):
-        return f"{held[0]}-{held[-1]}"
-    return ",".join(str(rank) for rank in held)
-
-
-def bytes_per_rank(plan: SparsePlan) -> list[int]:
-    """Bytes of weights and optimizer state that each rank holds."""
-    held = [0] * plan.world_size
-    for table in plan.tables:
-        per_value = (table.weight_bytes + table.optimizer_bytes) / (table.rows * table.dim)
-        for shard in table.shards:
-            held[shard.rank] += round(shard.sizes[0] * shard.sizes[1] * per_value)
-        if not table.shards:
-            held = [size + table.weight_bytes + table.optimizer_bytes for size in held]
-    return held
-
-
-def plan_hash(plan: SparsePlan) -> str:
-    """SHA-256 of the canonical JSON."""
-    return hashlib.sha256(json.dumps(plan.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
 
 def save_plan(plan: SparsePlan, path: Path) -> None:
     """Write ``plan.json``."""

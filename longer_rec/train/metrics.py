@@ -8,7 +8,7 @@ A metric without a meaning on the given labels is NaN, never a guess: AUC with o
 without a positive (NE also without a negative), everything on zero candidates.
 """
 
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,8 +17,6 @@ from longer_rec.errors import DataError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-
-METRICS: Final = ("auc", "logloss", "ne", "calibration", "gauc")
 
 
 def auc(label_C: ArrayLike, score_C: ArrayLike) -> float:
@@ -91,7 +89,7 @@ def calibration(label_C: ArrayLike, logit_C: ArrayLike) -> float:
 def evaluate_scores(label_C: ArrayLike, logit_C: ArrayLike, user_C: ArrayLike) -> dict[str, float]:
     """All metrics of one task over candidates of any number of users, GAUC being per user.
 
-    Keys: ``METRICS``, ``base_rate``, ``num_candidates`` and ``num_gauc_users`` (users with both classes).
+    ``num_gauc_users`` counts the users with both classes.
     """
     label, logit = _check(label_C, logit_C)
     gauc_user, num_gauc_users = gauc(label, logit, user_C)

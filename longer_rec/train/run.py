@@ -18,7 +18,7 @@ from longer_rec.runtime.determinism import make_deterministic
 from longer_rec.runtime.distributed import World, joined_world, on_all, on_main
 from longer_rec.runtime.logging import quiet_libraries
 from longer_rec.runtime.memory import keep_freed_memory
-from longer_rec.sparse.planfile import describe_plan, save_plan
+from longer_rec.sparse.planfile import save_plan
 from longer_rec.train.job import Job, baseline_jobs
 from longer_rec.train.log import RunLog
 from longer_rec.train.parallelize import check_job, parallelize
@@ -51,11 +51,10 @@ def train(job: Job) -> list[Row] | None:
 def _train_one(job: Job, dataset: Dataset, world: World, show_plan: bool) -> Row:
     num_workers = resolve_num_workers(job.elastic, world.size)
     on_main(world, lambda: open_run_dir(job, dataset, num_workers))
-    trainer = _build_trainer(job, dataset, world, num_workers)
-    checkpoints = _checkpoints(job, trainer)
+    trainer, checkpoints = _restored_trainer(job, dataset, world, num_workers)
     if world.is_main:
         if show_plan:
-            plan_table(describe_plan(trainer.parallel.plan))
+            plan_table(trainer.parallel.plan.model_dump()["tables"])
         save_plan(trainer.parallel.plan, job.run_dir / "plan.json")
     with RunLog(job.run_dir, trainer.step) if world.is_main else nullcontext() as log:
         trainer.fit(checkpoints, log)
@@ -79,8 +78,7 @@ def evaluate_run(run_dir: Path, split: str) -> Row:
 
 def load_run(job: Job, dataset: Dataset, world: World) -> Trainer:
     """A run as its newest checkpoint left it; a collective call. ``CheckpointError`` when it has none yet."""
-    trainer = _build_trainer(job, dataset, world, int(read_run(job.run_dir)["num_workers"]))
-    _checkpoints(job, trainer)
+    trainer, _ = _restored_trainer(job, dataset, world, int(read_run(job.run_dir)["num_workers"]))
     if trainer.step == 0 < trainer.num_steps:
         raise CheckpointError(f"{job.run_dir} holds no checkpoint yet; run `longer-rec train` on to its first one")
     return trainer
@@ -105,12 +103,9 @@ def _open_data(job: Job, world: World, splits: Sequence[str] = SPLITS) -> Datase
     return on_all(world, open_and_check)
 
 
-def _build_trainer(job: Job, dataset: Dataset, world: World, num_workers: int) -> Trainer:
-    parallel = parallelize(job, dataset, world)
-    return Trainer(job, dataset, world, parallel, num_workers)
-
-
-def _checkpoints(job: Job, trainer: Trainer) -> CheckpointManager:
+def _restored_trainer(job: Job, dataset: Dataset, world: World, num_workers: int) -> tuple[Trainer, CheckpointManager]:
+    """The trainer as the newest checkpoint left it, or at step 0, and the run's checkpoints."""
+    trainer = Trainer(job, dataset, world, parallelize(job, dataset, world), num_workers)
     checkpoints = CheckpointManager(job.run_dir / "checkpoints", keep=job.train.keep_checkpoints)
     trainer.restore(checkpoints)
-    return checkpoints
+    return trainer, checkpoints

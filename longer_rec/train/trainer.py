@@ -179,14 +179,14 @@ class Trainer:
             return
         values = {"loss": result.loss, "grad_norm": result.grad_norm, "sparse_grad_norm": result.sparse_grad_norm,
                   **{f"{name}_lr": lr for name, lr in self.parallel.optimizer.learning_rates().items()},
-                  "requests_per_s": requests,
-                  "candidates_per_s": candidates, "events_per_s": events, "elapsed_s": self.elapsed_s, **parts}
+                  "requests_per_s": requests, "candidates_per_s": candidates, "events_per_s": events,
+                  "elapsed_s": self.elapsed_s, **parts}
         log.write("train", self.step, values)
         progress.update(self.step, values)
 
     def _log_evaluation(self, log: RunLog | None, progress: TrainProgress) -> None:
         metrics = self.evaluate("validation", self.job.train.eval_requests)
-        parts, elapsed = self.clock.take()
+        _, elapsed = self.clock.take()
         self.elapsed_s += elapsed
         if log is not None:
             log.write("validation", self.step, {**metrics, "elapsed_s": self.elapsed_s})

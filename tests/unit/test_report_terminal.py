@@ -7,7 +7,14 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from longer_rec.report.numbers import format_bytes, format_clock, format_count, format_duration, format_metric
+from longer_rec.report.numbers import (
+    format_bytes,
+    format_clock,
+    format_count,
+    format_duration,
+    format_metric,
+    format_ranks,
+)
 from longer_rec.report.terminal import TrainProgress, best_value, doctor_table, plan_table, results_table
 
 NAN = float("nan")
@@ -27,9 +34,9 @@ def squeezed(screen):
 
 
 PLAN = [
-    {"table": "item", "rows": 62_105, "dim": 32, "sharding": "row_wise", "kernel": "fused", "ranks": "0-3",
+    {"table": "item", "rows": 62_105, "dim": 32, "sharding_type": "row_wise", "kernel": "fused", "ranks": (0, 1, 2, 3),
      "weight_bytes": 62_105 * 128, "optimizer_bytes": 62_105 * 4},
-    {"table": "user[b]", "rows": 100, "dim": 8, "sharding": "table_wise", "kernel": "fused", "ranks": "1",
+    {"table": "user[b]", "rows": 100, "dim": 8, "sharding_type": "table_wise", "kernel": "fused", "ranks": (1,),
      "weight_bytes": 3200, "optimizer_bytes": 400}]
 
 
@@ -37,21 +44,21 @@ def test_plan_table_shows_every_table_and_the_sum():
     screen = console()
     plan_table(PLAN, screen)
     lines = squeezed(screen)
-    assert "item 62,105 32 row_wise fused 0-3 7.58 MiB 243 KiB" in lines
+    assert "item 62,105 32 row_wise fused 0–3 7.58 MiB 243 KiB" in lines
     assert "user[b] 100 8 table_wise fused 1 3.12 KiB 400 B" in lines
     assert "2 tables 62,205 7.58 MiB 243 KiB" in lines
 
 
 RESULTS = [
     {"name": "longer", "auc": 0.75, "logloss": 0.4, "calibration": 0.97, "gauc": NAN, "train_s": 200.0},
-    {"name": "count", "auc": 0.7, "logloss": 0.43, "calibration": 1.02, "gauc": NAN, "note": "no training"}]
+    {"name": "count", "auc": 0.7, "logloss": 0.43, "calibration": 1.02, "gauc": NAN}]
 
 
 def test_results_table_shows_only_metrics_that_some_model_has():
     screen = console()
     results_table(RESULTS, screen)
-    assert squeezed(screen) == ["Results", "model AUC LogLoss Calibration training note",
-                                "longer 0.7500 0.4000 0.970 3 min 20 s", "count 0.7000 0.4300 1.020 no training"]
+    assert squeezed(screen) == ["Results", "model AUC LogLoss Calibration training",
+                                "longer 0.7500 0.4000 0.970 3 min 20 s", "count 0.7000 0.4300 1.020"]
 
 
 def test_the_best_of_each_column_is_bold_in_a_terminal():
@@ -138,6 +145,7 @@ def test_a_run_with_nothing_left_to_do_divides_by_nothing():
     (format_bytes(1536), "1.5 KiB"), (format_bytes(25 * 2**30), "25 GiB"), (format_bytes(3 * 2.0**50), "3 PiB"),
     (format_count(1234567), "1,234,567"), (format_count(0.12345), "0.123"), (format_count(1234.5), "1,234"),
     (format_duration(8.44), "8.4 s"), (format_duration(59.97), "1 min 0 s"), (format_duration(7500), "2 h 5 min"),
+    (format_ranks([3, 1, 2, 1]), "1–3"), (format_ranks([0, 2, 3]), "0, 2, 3"), (format_ranks([1, 0]), "0, 1"),
     (format_clock(7), "0:07"), (format_clock(200), "3:20"), (format_clock(7500), "2:05:00"),
     (format_metric("auc", 0.74125), "0.7412"), (format_metric("calibration", 1.0), "1.000"),
     (format_metric("auc", NAN), "–"), (format_metric("auc", None), "–"),

@@ -14,7 +14,7 @@ from longer_rec.runtime.distributed import World
 from longer_rec.schema import Feature, Schema
 from longer_rec.sparse.init import initial_values
 from longer_rec.sparse.optimizers import apply_table_optimizer, warmup_cosine
-from longer_rec.sparse.planfile import SparsePlan, bytes_per_rank, describe_plan, load_plan, plan_hash, save_plan
+from longer_rec.sparse.planfile import SparsePlan, load_plan, save_plan
 from longer_rec.sparse.planner import build_plan
 from longer_rec.sparse.tables import SparseConfig, build_tables, widths
 from tests.reference.batches import SCHEMA
@@ -103,18 +103,10 @@ def test_plan_survives_its_file(choice: object, world_size: int, tmp_path: Path)
     save_plan(made, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == made
     assert plan(config(plan=str(tmp_path / "plan.json")), world_size) == made
-    assert plan_hash(made) == plan_hash(load_plan(tmp_path / "plan.json"))
-    assert len(describe_plan(made)) == len(SCHEMA.tables)
 
 
 def test_plan_is_a_pure_function_of_its_input() -> None:
-    assert plan_hash(plan(config(), 4)) == plan_hash(plan(config(), 4)) != plan_hash(plan(config(), 2))
-
-
-def test_bytes_of_ranks_add_up_to_the_tables() -> None:
-    made = plan(config(plan={**TYPES, "topic": "row_wise"}), 3)
-    assert sum(bytes_per_rank(made)) == sum(table.weight_bytes + table.optimizer_bytes for table in made.tables)
-    assert min(bytes_per_rank(made)) > 0
+    assert plan(config(), 4) == plan(config(), 4) != plan(config(), 2)
 
 
 def drop_table(content: dict) -> None:
