@@ -38,27 +38,26 @@ _log = logging.getLogger(__name__)
 class CheckpointManager:
     """The checkpoints of one run, in ``directory``; the newest ``keep`` of them, or all.
 
-    ``save``, ``load`` and ``load_latest`` are collective calls over ``group`` (the default group, or this process
-    alone when there is none): they succeed on every rank or raise ``CheckpointError`` on every rank.
+    ``save``, ``load`` and ``load_latest`` are collective calls (of this process alone when there is no process group):
+    they succeed on every rank or raise ``CheckpointError`` on every rank.
     """
 
-    def __init__(self, directory: Path, keep: int | None = None, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, directory: Path, keep: int | None = None) -> None:
         if keep is not None and keep < 1:
             raise CheckpointError(f"keep={keep} checkpoints would keep none; use 1 or more, or None for all")
         self._directory = directory
         self._keep = keep
-        self._group = group
 
     def save(self, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> Path:
         """Write ``state`` (nested dictionaries of tensors, sharded or replicated) and ``extra`` (JSON) as step N."""
         final, temporary = self._directory / f"step-{step}", self._directory / f"step-{step}.tmp"
         tensors = flatten(state)
-        self._on_rank_0(self._clear_temporary, temporary)
-        write_tensors(temporary, tensors, self._group)
-        files = self._everywhere(self._hash_own, temporary)
-        described = self._gather(describe(tensors))
+        _on_rank_0(self._clear_temporary, temporary)
+        write_tensors(temporary, tensors)
+        files = _everywhere(_hash_own, temporary)
+        described = _gather(describe(tensors))
         manifest = Manifest(step=step, files=_union(files), tensors=_union(described), extra=dict(extra))
-        self._on_rank_0(self._commit, temporary, final, manifest)
+        _on_rank_0(self._commit, temporary, final, manifest)
         return final
 
     def steps(self) -> list[int]:
@@ -82,8 +81,8 @@ class CheckpointManager:
         """
         manifest = self._verify(path)
         tensors = flatten(state)
-        _check_keys(path, manifest.tensors, _union(self._gather(describe(tensors))))
-        read_tensors(path, tensors, self._group)
+        _check_keys(path, manifest.tensors, _union(_gather(describe(tensors))))
+        read_tensors(path, tensors)
         return manifest.extra
 
     def load_latest(self, state: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
@@ -92,7 +91,7 @@ class CheckpointManager:
         A damaged one is reported and passed over for the one before. A whole one of another model is refused: that
         is a mistake and not an accident.
         """
-        steps = self._gather(self.steps())[0]
+        steps = _gather(self.steps())[0]
         faults: dict[int, str] = {}
         for step in reversed(steps):
             path = self._directory / f"step-{step}"
@@ -101,7 +100,7 @@ class CheckpointManager:
             except CheckpointError as error:
                 faults[step] = str(error)
                 continue
-            for damaged, fault in faults.items() if _rank(self._group) == 0 else ():
+            for damaged, fault in faults.items() if _rank() == 0 else ():
                 _log.warning("checkpoint step-%d is passed over for step-%d: %s", damaged, step, fault)
             return path, self.load(path, state)
         if faults:
@@ -111,10 +110,9 @@ class CheckpointManager:
 
     def _verify(self, path: Path) -> Manifest:
         """The manifest, once all files match it; the ranks share the reading."""
-        manifest = self._everywhere(read_manifest, path)[0]
-        rank, size = _rank(self._group), _size(self._group)
-        share = sorted(manifest.files.items())[rank::size]
-        faults = [fault for faults in self._everywhere(damaged_files, path, share) for fault in faults]
+        manifest = _everywhere(read_manifest, path)[0]
+        share = sorted(manifest.files.items())[_rank()::_size()]
+        faults = [fault for faults in _everywhere(damaged_files, path, share) for fault in faults]
         if faults:
             raise CheckpointError(f"{'; '.join(faults[:3])}; use another checkpoint")
         return manifest
@@ -124,11 +122,6 @@ class CheckpointManager:
         for stale in self._directory.glob("step-*.tmp"):
             shutil.rmtree(stale)
         temporary.mkdir()
-
-    def _hash_own(self, temporary: Path) -> dict[str, FileEntry]:
-        rank = _rank(self._group)
-        own = {path.name: hash_file(path) for path in sorted(temporary.glob(f"__{rank}_*"))}
-        return {**own, ".metadata": hash_file(temporary / ".metadata")} if rank == 0 else own
 
     def _commit(self, temporary: Path, final: Path, manifest: Manifest) -> None:
         write_manifest(temporary, manifest)
@@ -146,41 +139,49 @@ class CheckpointManager:
         for step in self.steps()[:-self._keep] if self._keep else ():
             shutil.rmtree(self._directory / f"step-{step}")
 
-    def _gather(self, value: ValueT) -> list[ValueT]:
-        """``value`` of every rank. Travels pickled between the ranks of one run, which trust each other."""
-        if not dist.is_initialized():
-            return [value]
-        values: list[Any] = [None] * _size(self._group)
-        dist.all_gather_object(values, value, group=self._group)
-        return values
 
-    def _everywhere(self, function: Callable[..., ValueT], *arguments: Any) -> list[ValueT]:
-        """What ``function`` returns on each rank; its first fault, raised on all of them."""
-        value, fault = None, None
-        try:
-            value = function(*arguments)
-        except (CheckpointError, OSError) as error:
-            fault = str(error)
-        outcomes = self._gather((value, fault))
-        for rank, (_, problem) in enumerate(outcomes):
-            if problem is not None:
-                raise CheckpointError(problem if _size(self._group) == 1 else f"rank {rank}: {problem}")
-        return [value for value, _ in outcomes if value is not None]
-
-    def _on_rank_0(self, function: Callable[..., None], *arguments: Any) -> None:
-        def alone() -> None:
-            if _rank(self._group) == 0:
-                function(*arguments)
-
-        self._everywhere(alone)
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _rank(group: dist.ProcessGroup | None) -> int:
-    return dist.get_rank(group) if dist.is_initialized() else 0
+def _size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _size(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+def _gather(value: ValueT) -> list[ValueT]:
+    """``value`` of every rank. Travels pickled between the ranks of one run, which trust each other."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * _size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _everywhere(function: Callable[..., ValueT], *arguments: Any) -> list[ValueT]:
+    """What ``function`` returns on each rank; its first fault, raised on all of them."""
+    value, fault = None, None
+    try:
+        value = function(*arguments)
+    except (CheckpointError, OSError) as error:
+        fault = str(error)
+    outcomes = _gather((value, fault))
+    for rank, (_, problem) in enumerate(outcomes):
+        if problem is not None:
+            raise CheckpointError(problem if _size() == 1 else f"rank {rank}: {problem}")
+    return [value for value, _ in outcomes if value is not None]
+
+
+def _on_rank_0(function: Callable[..., None], *arguments: Any) -> None:
+    def alone() -> None:
+        if _rank() == 0:
+            function(*arguments)
+
+    _everywhere(alone)
+
+
+def _hash_own(temporary: Path) -> dict[str, FileEntry]:
+    own = {path.name: hash_file(path) for path in sorted(temporary.glob(f"__{_rank()}_*"))}
+    return {**own, ".metadata": hash_file(temporary / ".metadata")} if _rank() == 0 else own
 
 
 def _union(parts: Iterable[Mapping[str, ValueT]]) -> dict[str, ValueT]:

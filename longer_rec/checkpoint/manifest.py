@@ -13,7 +13,6 @@ from longer_rec.config import Config, build_config
 from longer_rec.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
-_BLOCK_BYTES = 1 << 22
 
 
 class FileEntry(Config):
@@ -45,13 +44,9 @@ class Manifest(Config):
 
 def hash_file(path: Path) -> FileEntry:
     """Size and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    num_bytes = 0
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            num_bytes += len(block)
-    return FileEntry(num_bytes=num_bytes, sha256=digest.hexdigest())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileEntry(num_bytes=file.tell(), sha256=digest)
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -76,24 +76,23 @@ class _TensorReader(dcp.FileSystemReader):
         return metadata
 
 
-def write_tensors(directory: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
+def write_tensors(directory: Path, state: Mapping[str, Tensor]) -> None:
     """Each rank writes and fsyncs its shards; a collective call. ``CheckpointError`` on every rank if one fails."""
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
     try:
-        dcp.save(dict(state), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+        dcp.save(dict(state), storage_writer=writer, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise CheckpointError(f"cannot write {directory}: {_first_cause(error)}") from None
 
 
-def read_tensors(directory: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None,
-                 alone: bool = False) -> None:
+def read_tensors(directory: Path, state: Mapping[str, Tensor], alone: bool = False) -> None:
     """Fill the tensors of ``state`` in place, whatever shards they were written from; collective unless ``alone``."""
     no_dist = alone or not dist.is_initialized()
     try:
         with warnings.catch_warnings():
             # DCP guesses aloud that one process is meant, although it was told so.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(dict(state), storage_reader=_TensorReader(directory), process_group=group, no_dist=no_dist)
+            dcp.load(dict(state), storage_reader=_TensorReader(directory), no_dist=no_dist)
     except CheckpointException as error:
         raise CheckpointError(f"cannot read {directory}: {_first_cause(error)}") from None
 
@@ -102,7 +101,7 @@ def iterate_tensors(directory: Path, entries: Mapping[str, TensorEntry]) -> Iter
     """Each tensor whole, one after the other, in one process."""
     for key, entry in entries.items():
         value = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
-        read_tensors(directory, {key: value}, None, alone=True)
+        read_tensors(directory, {key: value}, alone=True)
         yield key, value
 
 

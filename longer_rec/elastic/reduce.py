@@ -67,26 +67,26 @@ def tree_sum_ref(vectors: list[Tensor]) -> Tensor:
     return finish_tree({(0, worker): vector for worker, vector in enumerate(vectors)}, len(vectors))
 
 
-def tree_all_reduce(stack: SubtreeStack, num_workers: int, group: dist.ProcessGroup | None = None) -> Tensor:
+def tree_all_reduce(stack: SubtreeStack, num_workers: int) -> Tensor:
     """The sum over the W workers of all processes, bitwise the same on each of them and for every P.
 
     ``stack`` holds this process' workers. Raises what the process group raises when a peer is gone.
     """
-    size = dist.get_world_size(group)
+    size = dist.get_world_size()
     if size == 1:
         return finish_tree(stack.roots, num_workers)
-    rank = dist.get_rank(group)
+    rank = dist.get_rank()
     nodes = [subtree_roots(owned_workers(process, size, num_workers)) for process in range(size)]
     roots = torch.stack(list(stack.roots.values()))
     length = roots.shape[1]
     width = -(-length // size)
     sliced = torch.nn.functional.pad(roots, (0, width * size - length)).unflatten(1, (size, width))
     received = roots.new_empty(sum(map(len, nodes)) * width)
-    dist.all_to_all_single(received, sliced.transpose(0, 1).contiguous().flatten(), group=group,
+    dist.all_to_all_single(received, sliced.transpose(0, 1).contiguous().flatten(),
                            output_split_sizes=[len(own) * width for own in nodes],
                            input_split_sizes=[len(nodes[rank]) * width] * size)
     everyone = [node for own in nodes for node in own]
     slice_sum = finish_tree(dict(zip(everyone, received.view(-1, width), strict=True)), num_workers)
     gathered = slice_sum.new_empty(width * size)
-    dist.all_gather_into_tensor(gathered, slice_sum.contiguous(), group=group)
+    dist.all_gather_into_tensor(gathered, slice_sum.contiguous())
     return gathered[:length]

@@ -226,8 +226,6 @@ def test_diff_tells_what_differs_and_how(tmp_path: Path) -> None:
     assert [(entry.key, entry.kind) for entry in difference.tensors] == [
         ("model/bias", "shape"), ("model/table", "values"), ("optimizer/bias/step", "only in A"),
         ("optimizer/new", "only in B")]
-    assert difference.tensors[1].num_values == 1
-    assert difference.tensors[1].max_absolute == pytest.approx(0.5, abs=1e-6)
     assert difference.extra == {"num_workers": (4, 2)}
     assert "num_workers: 4 and 2" in difference_lines(difference)
     assert "model/table: values, 1 of 1600 values, by 0.5 at most" in difference_lines(difference)
