@@ -3,11 +3,11 @@
 import math
 
 import pydantic
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longer_rec.config import Config
+from longer_rec.model.inputs import concat_features
 
 
 class HeadConfig(Config):
@@ -49,4 +49,4 @@ class Head(nn.Module):
 
 def scaled_inputs(embedding: dict[str, Tensor], names: tuple[str, ...], scale: float) -> list[Tensor]:
     """The raw embeddings for the head, or nothing where the scale is 0."""
-    return [torch.cat([embedding[name] for name in names], dim=-1) * scale] if scale and names else []
+    return [concat_features(embedding, names) * scale] if scale and names else []

@@ -60,6 +60,6 @@ def keep_newest(user: UserSide, max_events: int) -> UserSide:
                    event_id={name: value[row] for name, value in user.event_id.items()})
 
 
-def concat_features(embedding: dict[str, Tensor], names: tuple[str, ...] | list[str]) -> Tensor:
+def concat_features(embedding: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
     """The named embeddings side by side, in the order of ``names``."""
     return torch.cat([embedding[name] for name in names], dim=-1)

@@ -1,7 +1,6 @@
 """What ``encode`` leaves behind of a user: all that scoring candidates needs, and nothing that depends on one."""
 
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -36,18 +35,3 @@ class UserState:
     head_BF: Tensor
     layers: tuple[LayerCache, ...] = ()
     matches: MatchRuns | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors held."""
-        return _num_bytes(self)
-
-
-def _num_bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if is_dataclass(value):
-        return sum(_num_bytes(getattr(value, field.name)) for field in fields(value))
-    if isinstance(value, tuple):
-        return sum(_num_bytes(item) for item in value)
-    return 0

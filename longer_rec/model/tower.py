@@ -1,33 +1,21 @@
 """Every ranker under one roof: configuration in, a module that encodes users and scores candidates out."""
 
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import pydantic
-from torch import Tensor
 
 from longer_rec.errors import ConfigError
 from longer_rec.model.baselines.count import CountConfig, CountTower
 from longer_rec.model.baselines.no_sequence import NoSequenceConfig, NoSequenceTower
-from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
+from longer_rec.model.inputs import InputWidths
 from longer_rec.model.longer import LongerTower, TowerConfig
-from longer_rec.model.state import UserState
-
-__all__ = ["AnyTower", "AnyTowerConfig", "CountConfig", "NoSequenceConfig", "Tower", "TowerConfig", "build_tower"]
 
 AnyTowerConfig = Annotated[TowerConfig | NoSequenceConfig | CountConfig, pydantic.Field(discriminator="kind")]
+# Each has ``encode(UserSide) -> UserState`` and ``score(UserState, CandidateSide) -> C x Y``; nothing else is called.
 AnyTower = LongerTower | NoSequenceTower | CountTower
 
 
-class Tower(Protocol):
-    """What every ranker can do; training, evaluation and serving call nothing else."""
-
-    def encode(self, user: UserSide) -> UserState: ...
-
-    def score(self, state: UserState, candidates: CandidateSide) -> Tensor: ...
-
-
-def build_tower(config: TowerConfig | NoSequenceConfig | CountConfig, widths: InputWidths, num_tasks: int,
-                max_events: int) -> AnyTower:
+def build_tower(config: AnyTowerConfig, widths: InputWidths, num_tasks: int, max_events: int) -> AnyTower:
     """A tower that reads the newest ``max_events`` of a history and gives C x ``num_tasks`` logits.
 
     Raises ``ConfigError`` where sizes do not divide or a feature is unknown.

@@ -97,7 +97,7 @@ class RankerOptimizer:
         if replicated:
             rule, arguments = _table_rule(sparse)
             self._parts.append((KeyedOptimizerWrapper(replicated, lambda values: rule(values, **arguments)), sparse.lr))
-        self.init_state()
+        self._init_state()
         self.combined = CombinedOptimizer([part for part, _ in self._parts])
 
     def set_lr_factor(self, factor: float) -> None:
@@ -128,8 +128,8 @@ class RankerOptimizer:
             part.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def init_state(self) -> None:
-        """Make the lazy state of torch's optimizers, as it is before a first step; construction does it already.
+    def _init_state(self) -> None:
+        """Make the lazy state of torch's optimizers, as it is before a first step.
 
         State that does not exist is left out of a checkpoint, and dropped without a word when one is loaded.
         TorchRec's ``init_state`` takes a step to make it: that moves weights and counts.

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
-from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec import EmbeddingBagCollection
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -21,6 +21,7 @@ from longer_rec.runtime.machine import memory_bytes
 from longer_rec.sparse.planfile import FLOAT_BYTES, Shard, SparsePlan, TablePlan, load_plan
 from longer_rec.sparse.tables import (
     DIM_MULTIPLE,
+    Collection,
     ShardingName,
     SparseConfig,
     check_names,
@@ -28,7 +29,6 @@ from longer_rec.sparse.tables import (
     table_configs,
 )
 
-Collection: TypeAlias = EmbeddingCollection | EmbeddingBagCollection
 _TYPES: tuple[str, ...] = get_args(ShardingName)
 
 

@@ -19,8 +19,8 @@ class ReducedByCaller(DataParallelWrapper):
         """Nothing to wrap."""
 
 
-def shard_ranker(module: nn.Module, plan: SparsePlan, config: SparseConfig, device: torch.device,
-                 data_parallel_wrapper: DataParallelWrapper | None = None) -> DistributedModelParallel:
+def shard_ranker(module: nn.Module, plan: SparsePlan, config: SparseConfig,
+                 device: torch.device) -> DistributedModelParallel:
     """Shard every table of ``module`` by the plan, with its update rule inside backward; a collective call.
 
     Gradients of embeddings are **summed** over ranks: TorchRec's division by the world size is switched off for
@@ -35,8 +35,7 @@ def shard_ranker(module: nn.Module, plan: SparsePlan, config: SparseConfig, devi
         apply_table_optimizer(fused, config)
     _equalize_requests(module, plan)
     return DistributedModelParallel(module, env=None, device=device, plan=plan.sharding_plan(),
-                                    sharders=build_sharders(config),
-                                    data_parallel_wrapper=data_parallel_wrapper or ReducedByCaller())
+                                    sharders=build_sharders(config), data_parallel_wrapper=ReducedByCaller())
 
 
 def _equalize_requests(module: nn.Module, plan: SparsePlan) -> None:

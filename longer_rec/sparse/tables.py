@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import pydantic
 import torch
@@ -26,6 +26,8 @@ from longer_rec.schema import Feature, Schema
 ShardingName = Literal["table_wise", "row_wise", "column_wise", "data_parallel"]
 SparseOptimizerName = Literal["rowwise_adagrad", "adagrad", "sgd"]
 Pooling = Literal["sum", "mean"]
+Collection: TypeAlias = EmbeddingCollection | EmbeddingBagCollection
+TableConfig: TypeAlias = EmbeddingConfig | EmbeddingBagConfig
 KernelName = Literal["fused", "fused_uvm", "fused_uvm_caching"]
 
 # FBGEMM's kernels read vectors of four floats: other widths are refused on a GPU, at run time.
@@ -155,7 +157,7 @@ class SparseTables(nn.Module):
         return _jagged(batch, self._ebc_keys, num_empty=int(largest.item()) - batch.num_requests)
 
 
-def _keys(tables: Iterable[EmbeddingConfig | EmbeddingBagConfig]) -> list[str]:
+def _keys(tables: Iterable[TableConfig]) -> list[str]:
     return [key for table in tables for key in table.feature_names]
 
 
@@ -204,14 +206,12 @@ def build_tables(schema: Schema, config: SparseConfig, device: torch.device | st
     return SparseTables(ec, ebc, config.pooling)
 
 
-def find_collections(module: nn.Module) -> Mapping[str, EmbeddingCollection | EmbeddingBagCollection]:
+def find_collections(module: nn.Module) -> Mapping[str, Collection]:
     """The unsharded collections of a module by their path in it."""
-    return {path: child for path, child in module.named_modules()
-            if isinstance(child, EmbeddingCollection | EmbeddingBagCollection)}
+    return {path: child for path, child in module.named_modules() if isinstance(child, Collection)}
 
 
-def table_configs(
-        collection: EmbeddingCollection | EmbeddingBagCollection) -> list[EmbeddingConfig | EmbeddingBagConfig]:
+def table_configs(collection: Collection) -> list[TableConfig]:
     """TorchRec's description of each table of a collection."""
     if isinstance(collection, EmbeddingCollection):
         return list(collection.embedding_configs())

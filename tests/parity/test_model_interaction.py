@@ -14,7 +14,7 @@ from longer_rec.model.interaction import (
     matched_rows,
     num_statistics,
 )
-from longer_rec.model.reference import one_candidate, one_request, statistics_ref
+from tests.reference.longer import one_candidate, one_request, statistics_ref
 from tests.reference.towers import DAY_S, make_candidates, make_user
 
 FIELDS = ("item", "category")

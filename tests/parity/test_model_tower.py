@@ -9,8 +9,8 @@ from longer_rec.model.inputs import CandidateSide, UserSide
 from longer_rec.model.interaction import InteractionConfig
 from longer_rec.model.longer import LongerTower
 from longer_rec.model.merge import InnerTransConfig
-from longer_rec.model.reference import tower_ref
 from longer_rec.model.tower import TowerConfig, build_tower
+from tests.reference.longer import tower_ref
 from tests.reference.towers import WIDTHS, leaves, make_candidates, make_user, randomise
 
 MAX_EVENTS = 11

@@ -1,7 +1,7 @@
-"""``tower_ref``: LONGER as the paper draws it, slow and obvious, sharing nothing with the fast path but its weights.
+"""``tower_ref``: LONGER as the paper draws it, slow and obvious.
 
 One candidate at a time, no cache, no packing: [merged events ; user globals ; candidate globals] goes through plain
-layers under one explicit mask. Tests compare outputs and gradients.
+layers under one explicit mask. It shares with the fast path its weights, the user's globals and ``describe``.
 """
 
 import math
