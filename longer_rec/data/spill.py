@@ -4,7 +4,7 @@ Partitions are ranges of the user's hash, so that the order (hash of user, user,
 after the other does not depend on their number.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +35,11 @@ class LogCounts:
     first_time: int = _MAX_TIME
     last_time: int = -1
     bad_example: str = ""
+
+    def as_dict(self) -> dict[str, int]:
+        """What the manifest keeps of them."""
+        return {"rows": self.rows, "bad_rows_dropped": self.bad_rows, "duplicate_rows": self.duplicate_rows,
+                "first_time": self.first_time, "last_time": self.last_time}
 
 
 def log_columns(config: LogConfig) -> list[str]:
@@ -234,8 +239,3 @@ def _sort_frame(frame: pl.DataFrame, config: LogConfig, counts: LogCounts) -> pl
         raise DataError(f"user {row['user']!r}, item {row['item']!r}, time {row['time']} has two rows (and {found - 1} "
                         "more such rows near it); clean the log or set duplicates: keep or drop")
     return frame.filter(~repeated) if found and config.duplicates == "drop" else frame
-
-
-def summarise(counts: LogCounts) -> Mapping[str, int]:
-    return {"rows": counts.rows, "bad_rows_dropped": counts.bad_rows, "duplicate_rows": counts.duplicate_rows,
-            "first_time": counts.first_time, "last_time": counts.last_time}

@@ -13,6 +13,8 @@ from torch import Tensor
 from longer_rec.batch import RequestBatch
 
 _ALIGN = 8
+# Field of the batch, key within it, type, shape, first byte in the block.
+Place = tuple[str, str | None, torch.dtype, tuple[int, ...], int]
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,12 @@ class PackedBatches:
     """All tensors of some batches one after the other in ``block`` (bytes); ``layout`` says which is where."""
 
     block: Tensor
-    layout: list[list[tuple[str, str | None, torch.dtype, tuple[int, ...], int]]]
+    layout: list[list[Place]]
 
 
 def pack_batches(batches: Sequence[RequestBatch]) -> PackedBatches:
     """Copy the batches into one block."""
-    layout: list[list[tuple[str, str | None, torch.dtype, tuple[int, ...], int]]] = []
+    layout: list[list[Place]] = []
     tensors: list[tuple[int, Tensor]] = []
     end = 0
     for batch in batches:

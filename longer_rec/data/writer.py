@@ -11,7 +11,7 @@ from longer_rec.data.describe import LogConfig
 from longer_rec.data.order import I64
 from longer_rec.data.partition import SPLITS, Cuts, Partition, view_partition
 from longer_rec.data.sources import LogSource
-from longer_rec.data.spill import Spill, summarise
+from longer_rec.data.spill import Spill
 from longer_rec.data.store import Array, ColumnTable, ColumnWriter
 from longer_rec.data.tables import Tables
 from longer_rec.errors import DataError
@@ -82,7 +82,7 @@ def power_of_two_histogram(counts: I64) -> list[tuple[int, int, int]]:
 
 def write_store(log: LogSource, spill: Spill, cuts: Cuts, tables: Tables, directory: Path) -> StoreReport:
     """Write events.arrow, candidates.arrow, requests.arrow and user_start.arrow; requests stand split by split."""
-    report = StoreReport(log=dict(summarise(spill.counts)))
+    report = StoreReport(log=spill.counts.as_dict())
     config = log.config
     event_dtypes = {"item": np.int32, "time": np.int64, **{one.name: np.int32 for one in config.event_features}}
     candidate_dtypes: dict[str, npt.DTypeLike] = {"item": np.int32}

@@ -1,6 +1,7 @@
 """Reading a run directory: each file is optional, but what is there must be whole."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,7 @@ Line = dict[str, Any]
 class RunFiles:
     """What the trainer wrote; None or empty where a file is not there (yet).
 
-    ``lines`` are those of ``metrics.jsonl``, in the order written.
-    ``results`` holds one row a model.
+    ``lines`` are those of ``metrics.jsonl``, in the order written; ``results`` holds one row a model.
     """
 
     directory: Path
@@ -34,14 +34,13 @@ class RunFiles:
 
 def read_run_files(directory: Path) -> RunFiles:
     """The files of a run; ``DataError`` when there is none of them, or one of them is damaged."""
-    config_path = directory / "config.yaml"
     files = RunFiles(
         directory=directory,
-        config_text=_read_text(config_path),
-        config=_mapping(_parse_yaml(config_path), config_path),
-        run=_mapping(_parse_json(directory / "run.json"), directory / "run.json"),
-        plan=_mapping(_parse_json(directory / "plan.json"), directory / "plan.json"),
-        results=_list(_parse_json(directory / "results.json"), directory / "results.json"),
+        config_text=_read_text(directory / "config.yaml"),
+        config=_read_mapping(directory / "config.yaml", yaml.safe_load),
+        run=_read_mapping(directory / "run.json", json.loads),
+        plan=_read_mapping(directory / "plan.json", json.loads),
+        results=_read_results(directory / "results.json"),
         lines=_read_metrics(directory / "metrics.jsonl"),
     )
     if not any((files.config, files.run, files.plan, files.results, files.lines)):
@@ -57,23 +56,16 @@ def _read_text(path: Path) -> str | None:
         raise DataError(f"cannot read {path}: {error}; restore it or remove it") from None
 
 
-def _parse_json(path: Path) -> Any:
+def _parse(path: Path, parse: Callable[[str], Any]) -> Any:
     text = _read_text(path)
     try:
-        return None if text is None else json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}; restore it or remove it") from None
-
-
-def _parse_yaml(path: Path) -> Any:
-    text = _read_text(path)
-    try:
-        return None if text is None else yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return None if text is None else parse(text)
+    except (ValueError, yaml.YAMLError) as error:
         raise DataError(f"{path} is damaged: {' '.join(str(error).split())}; restore it or remove it") from None
 
 
-def _mapping(content: Any, path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    content = _parse(path, parse)
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -81,7 +73,8 @@ def _mapping(content: Any, path: Path) -> dict[str, Any]:
     return content
 
 
-def _list(content: Any, path: Path) -> list[dict[str, Any]]:
+def _read_results(path: Path) -> list[dict[str, Any]]:
+    content = _parse(path, json.loads)
     if content is None:
         return []
     if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):

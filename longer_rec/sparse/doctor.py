@@ -111,7 +111,7 @@ def _check_torchrec(installed: Mapping[str, str], remedy: str) -> Check:
     if not version:
         return Check("torchrec", "fail", "not installed", remedy)
     if _minor(version) not in _TORCHREC_TRIED:
-        return Check("torchrec", "warn", f"{version}; tested are 1.6.1 and 1.8.0", remedy)
+        return Check("torchrec", "warn", f"{version}; tested are 1.6.1, 1.8.0 and 1.9.2", remedy)
     return Check("torchrec", "ok", version)
 
 

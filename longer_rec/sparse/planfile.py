@@ -75,6 +75,7 @@ class SparsePlan(Config):
             device = f"cuda:{rank % self.ranks_per_host}"
         return f"rank:{rank}/{device}"
 
+
 def save_plan(plan: SparsePlan, path: Path) -> None:
     """Write ``plan.json``."""
     path.write_text(json.dumps(plan.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
