@@ -24,9 +24,10 @@ def prepare(
 ) -> None:
     """Turn an interaction log into a history store and a request index."""
     from longer_rec.data.prepare import prepare as run
+    from longer_rec.data.prepare import summary_lines
 
     path = run(dataset, out, overrides=settings or ())
-    typer.echo(f"prepared {path}")
+    typer.echo("\n  ".join([f"prepared {path}", *summary_lines(path)]))
 
 
 @app.command()
@@ -110,6 +111,9 @@ def main() -> None:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="longer-rec", standalone_mode=False) or 0)
     except LongerRecError as error:
         _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("longer-rec: interrupted; a run continues from its last checkpoint when started again", file=sys.stderr)
+        sys.exit(130)
     except typer.TyperException as error:
         _fail(f"{error.format_message().rstrip('.')} (see `longer-rec --help`)")
 

@@ -44,6 +44,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         digest = content.pop("manifest_sha256")
+    except FileNotFoundError:
+        raise DataError(f"{directory} is no prepared dataset: it has no {MANIFEST}; "
+                        "run `longer-rec prepare ... --out` for it") from None
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise DataError(f"{directory} is no prepared dataset ({MANIFEST}: {type(error).__name__}: {error}); "
                         "run `longer-rec prepare ... --out` for it") from None

@@ -52,6 +52,20 @@ def prepare(source: str, out: Path, *, overrides: Sequence[str] = ()) -> Path:
     return out
 
 
+def summary_lines(out: Path) -> list[str]:
+    """A prepared dataset for reading: what is in it, what was dropped, and what training never saw."""
+    summary = read_manifest(out)["summary"]
+    total = {name: sum(summary[name].values()) for name in ("events", "candidates", "requests_without_candidates")}
+    requests = ", ".join(f"{split} {summary['requests'][split]:,}" for split in SPLITS)
+    positive = ", ".join(f"{split} {summary['label_mean'][split]:.1%}" for split in SPLITS)
+    unseen = ", ".join(f"{split} {summary['unseen_item_candidates'][split]:,}" for split in SPLITS[1:])
+    return [f"{summary['num_users']:,} users, {total['events']:,} events, {total['candidates']:,} candidates",
+            f"requests: {requests}; positive candidates: {positive}",
+            f"dropped: {summary['bad_rows_dropped']:,} bad rows, {total['requests_without_candidates']:,} requests of "
+            f"items that training never saw; duplicate rows: {summary['duplicate_rows']:,}",
+            f"candidates unseen in training: {unseen}"]
+
+
 def _is_prepared(out: Path, key: str) -> bool:
     if not out.exists():
         return False
@@ -78,7 +92,8 @@ def _building(out: Path) -> Iterator[Path]:
             finally:
                 shutil.rmtree(directory, ignore_errors=True)
     except OSError as error:
-        raise DataError(f"cannot write {out}: {error}; free space or choose another --out") from None
+        raise DataError(f"cannot write {out}: {error.strerror or error}; check space and permissions or choose another "
+                        "--out") from None
 
 
 @contextmanager

@@ -200,3 +200,7 @@ def _require_requests(config: LogConfig, report: StoreReport) -> None:
         if fraction and not count:
             raise DataError(f"the {split} split is empty: {report.requests.sum()} requests, split.fractions="
                             f"{config.split.fractions}; use a longer log, other fractions, or 0 for this split")
+    positives, candidates = float(report.label_sum[0]), int(report.candidates[0])
+    if config.candidates.kind == "rows" and positives in (0.0, float(candidates)):
+        raise DataError(f"all {candidates} labels of the training period are {int(positives > 0)}: there is nothing to "
+                        "learn; check columns.label (its column, at_least or positive)")

@@ -56,6 +56,8 @@ def _train_one(job: Job, dataset: Dataset, world: World, show_plan: bool) -> Row
         if show_plan:
             plan_table(trainer.parallel.plan.model_dump()["tables"])
         save_plan(trainer.parallel.plan, job.run_dir / "plan.json")
+        if trainer.step:
+            print(f"{job.name}: continues from step {trainer.step:,} of {trainer.num_steps:,}", flush=True)
     with RunLog(job.run_dir, trainer.step) if world.is_main else nullcontext() as log:
         trainer.fit(checkpoints, log)
         metrics = trainer.evaluate("test")

@@ -38,8 +38,8 @@ def open_run_dir(job: Job, dataset: Dataset, num_workers: int) -> None:
     except OSError as error:
         if is_new:
             shutil.rmtree(directory, ignore_errors=True)
-        raise CheckpointError(f"cannot write run_dir={directory}: {error.strerror}; free space or choose another "
-                              "run_dir") from None
+        raise CheckpointError(f"cannot write run_dir={directory}: {error.strerror}; check space and permissions or "
+                              "choose another run_dir") from None
 
 
 def _check_same_run(job: Job, dataset: Dataset, num_workers: int) -> None:

@@ -242,7 +242,7 @@ def test_the_directory_of_another_run(commands: CommandServer, trained: Path, tm
 @pytest.mark.parametrize(("run_dir", "message"), [
     ("letters", r"letters exists, is not empty and is no run directory; choose another run_dir"),
     ("letters/a.txt", r"a\.txt exists, is not empty and is no run directory; choose another run_dir"),
-    ("letters/a.txt/run", r"cannot write run_dir=.*a\.txt/run: Not a directory; free space or choose another"),
+    ("letters/a.txt/run", r"cannot write run_dir=.*a\.txt/run: Not a directory; check space and permissions"),
 ])
 def test_a_run_dir_that_cannot_be(commands: CommandServer, synthetic: Path, tmp_path: Path, run_dir: str,
                                   message: str) -> None:
@@ -255,7 +255,7 @@ def test_a_run_dir_that_cannot_be(commands: CommandServer, synthetic: Path, tmp_
 def test_missing_data_and_unknown_split(commands: CommandServer, trained: Path, tmp_path: Path) -> None:
     before = contents(tmp_path)
     assert_one_line(commands.run("train", CONFIG, f"run_dir={tmp_path / 'new'}", "data.dir=nowhere"),
-                    r"nowhere is no prepared dataset .*run `longer-rec prepare \.\.\. --out` for it")
+                    r"nowhere is no prepared dataset: .*run `longer-rec prepare \.\.\. --out` for it")
     assert_one_line(commands.run("eval", trained, "--split", "tset"), r"split 'tset' is unknown; known are train, val")
     assert contents(tmp_path) == before
 

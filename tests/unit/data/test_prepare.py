@@ -147,7 +147,7 @@ def test_what_training_never_saw_is_row_0_and_counted(tmp_path: Path) -> None:
     when = np.concatenate([np.arange(80), np.arange(80, 100)])
     what = np.where(when >= 90, 1000 + when, when % 10)
     log = pl.DataFrame({"who": np.where(when >= 95, "late", "early"), "what": what, "when": when, "kind": what % 3,
-                        "price": 1.0, "place": "x", "liked": 1})
+                        "price": 1.0, "place": "x", "liked": when % 2})
     dataset = prepared(tmp_path, log, LABELLED)
     summary = dataset.summary
     assert dataset.num_requests("test") == 10
@@ -303,7 +303,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, limit_bytes: in
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
     try:
-        with pytest.raises(DataError, match=r"cannot write .*out: .*free space"):
+        with pytest.raises(DataError, match=r"cannot write .*out: .*check space"):
             prepare(str(path), tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -343,3 +343,12 @@ def test_a_user_lies_in_one_partition_and_no_row_is_lost(tmp_path: Path) -> None
     assert len(frames) > 16
     assert sum(frame["user"].n_unique() for frame in frames) == log["user"].n_unique()
     assert pl.concat(frames).select("user", "item", "time").sort(pl.all()).equals(log.sort(pl.all()))
+
+
+@pytest.mark.parametrize(("label", "told"), [({"column": "liked", "at_least": 2}, "are 0"),
+                                             ({"column": "liked", "at_least": 0}, "are 1")])
+def test_a_training_period_of_one_class_is_refused(tmp_path: Path, label: dict, told: str) -> None:
+    description = {**LABELLED, "columns": {**LABELLED["columns"], "label": label}}
+    with pytest.raises(DataError, match=f"{told}.*check columns.label"):
+        prepared(tmp_path, random_log(), description)
+    assert not list(tmp_path.glob("out*"))
