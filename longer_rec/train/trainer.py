@@ -131,11 +131,14 @@ class Trainer:
                 self._count_bad(result)
                 self._tally(batches)
                 self.clock.add("time_data_s", loader.wait_s)
-                if self.step % cadence.log_every == 0 or self.step == self.num_steps:
+                evaluates = self.step % cadence.eval_every == 0
+                saves = self.step % cadence.checkpoint_every == 0 or self.step == self.num_steps
+                # Before either, so that the time they take is in no step's rates.
+                if self.step % cadence.log_every == 0 or evaluates or saves:
                     self._log_step(log, progress, result)
-                if self.step % cadence.eval_every == 0:
+                if evaluates:
                     self._log_evaluation(log, progress)
-                if self.step % cadence.checkpoint_every == 0 or self.step == self.num_steps:
+                if saves:
                     self.save(checkpoints)
 
     def save(self, checkpoints: CheckpointManager) -> None:
@@ -144,7 +147,8 @@ class Trainer:
             "step": self.step, "samples": self.step * self.num_workers * self.job.data.batch_requests,
             "elapsed_s": self.elapsed_s, "bad_steps": self.bad_steps, "num_workers": self.num_workers,
             "world_size": self.world.size, "data_fingerprint": self.dataset.fingerprint, "name": self.job.name})
-        self.clock.take()
+        _, elapsed = self.clock.take()
+        self.elapsed_s += elapsed
 
     def restore(self, checkpoints: CheckpointManager) -> None:
         """Continue from the newest complete checkpoint, if there is one; a collective call."""

@@ -94,3 +94,17 @@ def test_baselines_stand_beside_the_model_in_the_results(run: Run) -> None:
     assert [row["name"] for row in rows] == ["synthetic_debug", "counts", "no_sequence"]
     assert (run_dir / "baselines" / "counts" / "metrics.jsonl").exists()
     assert "no_sequence" in (run_dir / "report.html").read_text()
+
+
+def test_rates_count_the_steps_they_were_measured_over(run: Run) -> None:
+    """Cadences that do not divide each other: an evaluation or a save between two log lines must not shift them."""
+    run_dir = run("run", "train.epochs=0.2", "train.log_every=4", "train.eval_every=3", "train.checkpoint_every=5",
+                  "train.eval_requests=50", "data.max_events=50")
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["split"] == "train"] == [3, 4, 5, 6, 8, 9, 10]
+    before, requests = {"step": 0, "elapsed_s": 0.0}, 2 * 16
+    for line in lines:
+        if line["split"] == "train":
+            measured_s = requests * (line["step"] - before["step"]) / line["requests_per_s"]
+            assert measured_s <= line["elapsed_s"] - before["elapsed_s"] + 1e-6
+            before = line
