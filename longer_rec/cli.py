@@ -110,7 +110,7 @@ def main() -> None:
         # Not standalone: typer would print a usage error as a box of many lines.
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="longer-rec", standalone_mode=False) or 0)
     except LongerRecError as error:
-        _fail(str(error))
+        _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("longer-rec: interrupted; a run continues from its last checkpoint when started again", file=sys.stderr)
         sys.exit(130)
@@ -118,8 +118,8 @@ def main() -> None:
         _fail(f"{error.format_message().rstrip('.')} (see `longer-rec --help`)")
 
 
-def _fail(fault: str) -> NoReturn:
+def _fail(fault: str, exit_code: int = LongerRecError.exit_code) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"rank {rank}: "
     print(f"longer-rec: {where}{fault}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(exit_code)

@@ -1,12 +1,14 @@
 """The faults of a user, of data and of files, told apart from our own bugs.
 
 Each message names the value, the bound and the remedy. The command line turns every one of them into a single
-line and exit code 2; anything else is a bug and keeps its traceback.
+line and its exit code; anything else is a bug and keeps its traceback.
 """
 
 
 class LongerRecError(Exception):
     """Base of all faults that the reader of the message can mend."""
+
+    exit_code = 2
 
 
 class ConfigError(LongerRecError):
@@ -23,3 +25,15 @@ class CheckpointError(LongerRecError):
 
 class ServeError(LongerRecError):
     """A request or a bundle that the server cannot accept."""
+
+
+class RankLost(LongerRecError):
+    """Another process of the run died, was stopped or cannot be reached; starting again continues the run."""
+
+    exit_code = 1
+
+
+class Preempted(LongerRecError):
+    """The run was told to stop, and has saved; starting again continues it."""
+
+    exit_code = 3
