@@ -5,14 +5,19 @@ rank 0 writes the manifest, renames the directory, and writes ``LATEST`` last. L
 torch.distributed.checkpoint sees a byte: by itself it loads most flipped bits without a word.
 """
 
+import concurrent.futures
+import datetime
+import json
 import logging
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 from longer_rec.checkpoint.manifest import (
     MANIFEST,
@@ -26,51 +31,94 @@ from longer_rec.checkpoint.manifest import (
     write_durably,
     write_manifest,
 )
-from longer_rec.checkpoint.tensors import describe, flatten, read_tensors, write_tensors
+from longer_rec.checkpoint.tensors import Staging, describe, flatten, read_tensors, write_tensors
 from longer_rec.errors import CheckpointError
 
 ValueT = TypeVar("ValueT")
 LATEST = "LATEST"
+_REPLACED = ".replaced"
 _STEP = re.compile(r"step-(\d+)$")
 _log = logging.getLogger(__name__)
 
 
 class CheckpointManager:
-    """The checkpoints of one run, in ``directory``; the newest ``keep`` of them, or all.
+    """The checkpoints of one run, in ``directory``: the newest ``keep`` (None: all) and multiples of ``keep_every``.
 
-    ``save``, ``load`` and ``load_latest`` are collective calls (of this process alone when there is no process group):
-    they succeed on every rank or raise ``CheckpointError`` on every rank.
+    ``save_async``, ``wait``, ``save``, ``load`` and ``load_latest`` are collective calls (of this process alone when
+    there is no process group): they succeed on every rank or raise ``CheckpointError`` on every rank. A lost peer is
+    gloo's RuntimeError, after ``timeout_s`` at most while saving.
     """
 
-    def __init__(self, directory: Path, keep: int | None = None) -> None:
+    def __init__(self, directory: Path, keep: int | None = None, keep_every: int | None = None,
+                 timeout_s: float = 600.0) -> None:
         if keep is not None and keep < 1:
             raise CheckpointError(f"keep={keep} checkpoints would keep none; use 1 or more, or None for all")
+        if keep_every is not None and keep_every < 1:
+            raise CheckpointError(f"keep_every={keep_every} is no number of steps; use 1 or more, or None")
         self._directory = directory
         self._keep = keep
+        self._keep_every = keep_every
+        self._timeout = datetime.timedelta(seconds=timeout_s)
+        self._group: dist.ProcessGroup | None = None
+        self._staging = Staging()
+        self._saving: concurrent.futures.Future[None] | None = None
 
     def save(self, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> Path:
         """Write ``state`` (nested dictionaries of tensors, sharded or replicated) and ``extra`` (JSON) as step N."""
-        final, temporary = self._directory / f"step-{step}", self._directory / f"step-{step}.tmp"
+        self.save_async(step, state, extra)
+        self.wait()
+        return self._directory / f"step-{step}"
+
+    def save_async(self, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+        """Copy ``state`` as it is now and return; a thread writes and commits the copy while training goes on.
+
+        Waits for the save before, and raises its fault. The first call makes the group of the saving threads and their
+        memory (one copy of this rank's tensors, kept).
+        """
+        self.wait()
+        frozen: dict[str, Any] = json.loads(json.dumps(dict(extra)))
         tensors = flatten(state)
-        _on_rank_0(self._clear_temporary, temporary)
-        write_tensors(temporary, tensors)
-        files = _everywhere(_hash_own, temporary)
-        described = _gather(describe(tensors))
-        manifest = Manifest(step=step, files=_union(files), tensors=_union(described), extra=dict(extra))
-        _on_rank_0(self._commit, temporary, final, manifest)
-        return final
+        entries, staged = describe(tensors), self._staging.copy(tensors)
+        if self._group is None and dist.is_initialized():
+            # Its own group: on a shared one, its messages and those of the training step would meet.
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+        saving: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                self._write(step, staged, entries, frozen)
+                saving.set_result(None)
+            except BaseException as error:  # raised by wait()
+                saving.set_exception(error)
+
+        self._saving = saving
+        # A daemon: a process that gives up on a stopped peer must be able to end before the group's timeout.
+        threading.Thread(target=run, name=f"save-step-{step}", daemon=True).start()
+
+    def wait(self) -> None:
+        """Return once the save under way is committed, or raise what went wrong with it; nothing when there is none."""
+        if self._saving is not None:
+            concurrent.futures.wait([self._saving])
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint, ascending."""
-        if not self._directory.is_dir():
-            return []
-        found = (_STEP.fullmatch(path.name) for path in self._directory.iterdir() if (path / MANIFEST).is_file())
-        return sorted(int(match[1]) for match in found if match)
+        return sorted(self._committed())
+
+    def _committed(self) -> dict[int, Path]:
+        """Checkpoints by step. One that is being replaced counts until its successor is there."""
+        found: dict[int, Path] = {}
+        paths = self._directory.iterdir() if self._directory.is_dir() else ()
+        for path in sorted(paths, key=lambda path: path.suffix == _REPLACED, reverse=True):
+            match = _STEP.fullmatch(path.name.removesuffix(_REPLACED))
+            if match and (path / MANIFEST).is_file():
+                found[int(match[1])] = path
+        return found
 
     def latest(self) -> Path | None:
         """The newest committed checkpoint, not yet verified."""
-        steps = self.steps()
-        return self._directory / f"step-{steps[-1]}" if steps else None
+        return max(self._committed().items(), default=(0, None))[1]
 
     def load(self, path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         """Verify a checkpoint, fill ``state`` in place, return its ``extra``.
@@ -91,10 +139,9 @@ class CheckpointManager:
         A damaged one is reported and passed over for the one before. A whole one of another model is refused: that
         is a mistake and not an accident.
         """
-        steps = _gather(self.steps())[0]
+        committed = _gather(self._committed())[0]
         faults: dict[int, str] = {}
-        for step in reversed(steps):
-            path = self._directory / f"step-{step}"
+        for step, path in sorted(committed.items(), reverse=True):
             try:
                 self._verify(path)
             except CheckpointError as error:
@@ -117,27 +164,50 @@ class CheckpointManager:
             raise CheckpointError(f"{'; '.join(faults[:3])}; use another checkpoint")
         return manifest
 
+    def _write(self, step: int, tensors: Mapping[str, Tensor], entries: Mapping[str, TensorEntry],
+               extra: dict[str, Any]) -> None:
+        temporary = self._directory / f"step-{step}.tmp"
+        _on_rank_0(self._clear_temporary, temporary, group=self._group)
+        write_tensors(temporary, tensors, self._group)
+        files = _everywhere(_hash_own, temporary, group=self._group)
+        gathered = _union(_gather(entries, self._group))
+        manifest = Manifest(step=step, files=_union(files), tensors=gathered, extra=extra)
+        _on_rank_0(self._commit, temporary, manifest, group=self._group)
+
     def _clear_temporary(self, temporary: Path) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
-        for stale in self._directory.glob("step-*.tmp"):
-            shutil.rmtree(stale)
+        self._remove_stale()
         temporary.mkdir()
 
-    def _commit(self, temporary: Path, final: Path, manifest: Manifest) -> None:
+    def _commit(self, temporary: Path, manifest: Manifest) -> None:
         write_manifest(temporary, manifest)
+        final = temporary.with_suffix("")
         if final.exists():
-            # Saved again after falling back to an older step: out of the way under a name that is cleared.
-            final.rename(final.with_name(f"{final.name}.replaced.tmp"))
+            # Saved again, as after falling back to an older step; a checkpoint until the new one stands.
+            final.rename(final.with_suffix(_REPLACED))
         temporary.rename(final)
         fsync_directory(self._directory)
         pointer = self._directory / f"{LATEST}.tmp"
         write_durably(pointer, f"{final.name}\n")
         pointer.rename(self._directory / LATEST)
+        self._retire(manifest.step)
         fsync_directory(self._directory)
-        for stale in self._directory.glob("step-*.tmp"):
-            shutil.rmtree(stale)
-        for step in self.steps()[:-self._keep] if self._keep else ():
-            shutil.rmtree(self._directory / f"step-{step}")
+        self._remove_stale()
+
+    def _retire(self, newest: int) -> None:
+        """Take the name of a checkpoint from those that are not kept: a crash while files are deleted leaves no half.
+
+        Steps above ``newest`` are of a line that was passed over as damaged; they must not push out a whole one.
+        """
+        committed = sorted((step, path) for step, path in self._committed().items() if step <= newest)
+        for step, path in committed[:-self._keep] if self._keep else ():
+            if self._keep_every is None or step % self._keep_every:
+                path.rename(path.with_suffix(".tmp"))
+
+    def _remove_stale(self) -> None:
+        for path in self._directory.glob("step-*"):
+            if path.suffix == ".tmp" or (path.suffix == _REPLACED and path.with_suffix("").exists()):
+                shutil.rmtree(path)
 
 
 def _rank() -> int:
@@ -148,35 +218,36 @@ def _size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _gather(value: ValueT) -> list[ValueT]:
+def _gather(value: ValueT, group: dist.ProcessGroup | None = None) -> list[ValueT]:
     """``value`` of every rank. Travels pickled between the ranks of one run, which trust each other."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * _size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
-def _everywhere(function: Callable[..., ValueT], *arguments: Any) -> list[ValueT]:
+def _everywhere(function: Callable[..., ValueT], *arguments: Any,
+                group: dist.ProcessGroup | None = None) -> list[ValueT]:
     """What ``function`` returns on each rank; its first fault, raised on all of them."""
     value, fault = None, None
     try:
         value = function(*arguments)
     except (CheckpointError, OSError) as error:
         fault = str(error)
-    outcomes = _gather((value, fault))
+    outcomes = _gather((value, fault), group)
     for rank, (_, problem) in enumerate(outcomes):
         if problem is not None:
             raise CheckpointError(problem if _size() == 1 else f"rank {rank}: {problem}")
     return [value for value, _ in outcomes if value is not None]
 
 
-def _on_rank_0(function: Callable[..., None], *arguments: Any) -> None:
+def _on_rank_0(function: Callable[..., None], *arguments: Any, group: dist.ProcessGroup | None) -> None:
     def alone() -> None:
         if _rank() == 0:
             function(*arguments)
 
-    _everywhere(alone)
+    _everywhere(alone, group=group)
 
 
 def _hash_own(temporary: Path) -> dict[str, FileEntry]:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorBase
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
@@ -76,11 +77,39 @@ class _TensorReader(dcp.FileSystemReader):
         return metadata
 
 
-def write_tensors(directory: Path, state: Mapping[str, Tensor]) -> None:
+class Staging:
+    """Memory on the CPU for one copy of a state, kept from save to save: fresh pages cost more than the copy."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+
+    def copy(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``state`` as it is now, in buffers that the next call overwrites."""
+        staged = {key: self._copy_shards(key, value) if isinstance(value, ShardedTensor) else self._copy(key, 0, value)
+                  for key, value in state.items()}
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        return staged
+
+    def _copy_shards(self, key: str, value: ShardedTensor) -> Tensor:
+        shards = [Shard(self._copy(key, index, shard.tensor), shard.metadata)
+                  for index, shard in enumerate(value.local_shards())]
+        # The base class: ShardedTensor itself wants shards on the device of their metadata, and a group.
+        return ShardedTensorBase._init_from_local_shards_and_global_metadata(shards, value.metadata())
+
+    def _copy(self, key: str, index: int, value: Tensor) -> Tensor:
+        buffer = self._buffers.get((key, index))
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._buffers[key, index] = buffer
+        return buffer.copy_(value.detach(), non_blocking=True)
+
+
+def write_tensors(directory: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Each rank writes and fsyncs its shards; a collective call. ``CheckpointError`` on every rank if one fails."""
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
     try:
-        dcp.save(dict(state), storage_writer=writer, no_dist=not dist.is_initialized())
+        dcp.save(dict(state), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise CheckpointError(f"cannot write {directory}: {_first_cause(error)}") from None
 
