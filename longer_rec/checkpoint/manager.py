@@ -12,6 +12,7 @@ import logging
 import re
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ from longer_rec.errors import CheckpointError
 ValueT = TypeVar("ValueT")
 LATEST = "LATEST"
 _REPLACED = ".replaced"
+_GRACE_S = 20.0
 _STEP = re.compile(r"step-(\d+)$")
 _log = logging.getLogger(__name__)
 
@@ -82,7 +84,8 @@ class CheckpointManager:
         if self._group is None and dist.is_initialized():
             # Its own group: on a shared one, its messages and those of the training step would meet.
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
-        saving: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._saving = saving = concurrent.futures.Future[None]()
+        ended = threading.Event()
 
         def run() -> None:
             try:
@@ -90,9 +93,11 @@ class CheckpointManager:
                 saving.set_result(None)
             except BaseException as error:  # raised by wait()
                 saving.set_exception(error)
+            ended.set()
 
-        self._saving = saving
-        # A daemon: a process that gives up on a stopped peer must be able to end before the group's timeout.
+        # A daemon, so that a process which gives up on a stopped peer can end before the group's timeout. Python
+        # aborts when it ends while a thread is inside torch's writer: one that did not wait() waits a little then.
+        weakref.finalize(saving, ended.wait, _GRACE_S)
         threading.Thread(target=run, name=f"save-step-{step}", daemon=True).start()
 
     def wait(self) -> None:

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -165,6 +166,24 @@ def test_lost_peer_ends_the_wait_with_the_error_of_the_transport(how: str, tmp_p
     assert int(seconds) < 6
     assert "peer" in message or "imed out" in message
     assert holds(tmp_path) == 1.0
+
+
+_LEAVES_EARLY = """
+import sys, torch
+from pathlib import Path
+from longer_rec.checkpoint.manager import CheckpointManager
+CheckpointManager(Path(sys.argv[1])).save_async(1, {"table": torch.full((20_000_000,), 5.0)}, {})
+sys.exit(7)
+"""
+
+
+def test_process_that_ends_without_waiting_ends_with_its_own_exit_code(tmp_path: Path) -> None:
+    """And not by an abort inside torch's writer; what was under way is committed."""
+    ended = subprocess.run([sys.executable, "-c", _LEAVES_EARLY, tmp_path], check=False, timeout=60)
+    assert ended.returncode == 7
+    found = {"table": torch.zeros(20_000_000)}
+    assert CheckpointManager(tmp_path).load_latest(found) is not None
+    assert bool((found["table"] == 5.0).all())
 
 
 class KilledAt:
