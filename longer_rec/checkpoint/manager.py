@@ -5,14 +5,13 @@ rank 0 writes the manifest, renames the directory, and writes ``LATEST`` last. L
 torch.distributed.checkpoint sees a byte: by itself it loads most flipped bits without a word.
 """
 
-import concurrent.futures
+import atexit
 import datetime
 import json
 import logging
 import re
 import shutil
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +42,30 @@ _STEP = re.compile(r"step-(\d+)$")
 _log = logging.getLogger(__name__)
 
 
+class _Saving(threading.Thread):
+    """A save under way.
+
+    A daemon, so that a process which gives up on a stopped peer can end before the group's timeout. But Python aborts
+    when it ends while a thread is inside torch's writer: a process that did not wait() waits a little at its end.
+    """
+
+    def __init__(self, step: int, write: Callable[[], None]) -> None:
+        super().__init__(name=f"save-step-{step}", target=write, daemon=True)
+        self._fault: BaseException | None = None
+        atexit.register(self.join, _GRACE_S)
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except BaseException as error:  # raised by wait()
+            self._fault = error
+
+    def raise_fault(self) -> None:
+        atexit.unregister(self.join)
+        if self._fault is not None:
+            raise self._fault
+
+
 class CheckpointManager:
     """The checkpoints of one run, in ``directory``: the newest ``keep`` (None: all) and multiples of ``keep_every``.
 
@@ -63,7 +86,7 @@ class CheckpointManager:
         self._timeout = datetime.timedelta(seconds=timeout_s)
         self._group: dist.ProcessGroup | None = None
         self._staging = Staging()
-        self._saving: concurrent.futures.Future[None] | None = None
+        self._saving: _Saving | None = None
 
     def save(self, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> Path:
         """Write ``state`` (nested dictionaries of tensors, sharded or replicated) and ``extra`` (JSON) as step N."""
@@ -84,28 +107,15 @@ class CheckpointManager:
         if self._group is None and dist.is_initialized():
             # Its own group: on a shared one, its messages and those of the training step would meet.
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
-        self._saving = saving = concurrent.futures.Future[None]()
-        ended = threading.Event()
-
-        def run() -> None:
-            try:
-                self._write(step, staged, entries, frozen)
-                saving.set_result(None)
-            except BaseException as error:  # raised by wait()
-                saving.set_exception(error)
-            ended.set()
-
-        # A daemon, so that a process which gives up on a stopped peer can end before the group's timeout. Python
-        # aborts when it ends while a thread is inside torch's writer: one that did not wait() waits a little then.
-        weakref.finalize(saving, ended.wait, _GRACE_S)
-        threading.Thread(target=run, name=f"save-step-{step}", daemon=True).start()
+        self._saving = _Saving(step, lambda: self._write(step, staged, entries, frozen))
+        self._saving.start()
 
     def wait(self) -> None:
         """Return once the save under way is committed, or raise what went wrong with it; nothing when there is none."""
         if self._saving is not None:
-            concurrent.futures.wait([self._saving])
+            self._saving.join()
             saving, self._saving = self._saving, None
-            saving.result()
+            saving.raise_fault()
 
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint, ascending."""
