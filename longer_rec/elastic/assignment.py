@@ -7,9 +7,18 @@ from longer_rec.errors import ConfigError
 
 
 class ElasticConfig(Config):
-    """``num_workers`` is W, the degree of parallelism the batch size and learning rate were chosen for."""
+    """``num_workers`` is W, the degree of parallelism the batch size and learning rate were chosen for.
+
+    ``strict`` refuses what would make the result depend on the number of processes; None: when num_workers is set.
+    """
 
     num_workers: int | None = pydantic.Field(None, ge=1, description="None: as many as there are processes")
+    strict: bool | None = None
+    digest_every: int = pydantic.Field(0, ge=0, description="steps between digests of every tensor; 0: none")
+
+    @property
+    def is_strict(self) -> bool:
+        return self.num_workers is not None if self.strict is None else self.strict
 
 
 def resolve_num_workers(config: ElasticConfig, num_processes: int) -> int:

@@ -25,7 +25,8 @@ def split_lookup(lookup: Lookup, batches: Sequence[RequestBatch]) -> list[dict[s
         "candidates": [batch.num_candidates for batch in batches],
         "users": [batch.num_requests for batch in batches],
     }
-    slices = {key: value.detach().split(sizes[key.partition(".")[0]]) for key, value in lookup.items()}
+    # Contiguous: pooled features are columns of one tensor, and a reduction's order of additions follows the strides.
+    slices = {key: value.detach().contiguous().split(sizes[key.partition(".")[0]]) for key, value in lookup.items()}
     return [{key: parts[worker].requires_grad_() for key, parts in slices.items()} for worker in range(len(batches))]
 
 

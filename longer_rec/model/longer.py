@@ -95,6 +95,19 @@ class LongerTower(nn.Module):
         """Cross-causal first, then the self-causal ones."""
         return cast(list[CausalLayer], list(self.layers))
 
+    def parts(self) -> dict[str, list[tuple[nn.Module, str]]]:
+        """Modules and their methods by part of the tower: what can be recomputed, and measured, by itself."""
+        cross, *own = self.causal_layers
+        parts: dict[str, list[tuple[nn.Module, str]]] = {
+            "input": [(self.tokens, "events"), (self.tokens, "candidates"), (self.globals, "forward")],
+            "merge": [(self.merge, "forward")],
+            "cross": [(cross, "encode"), (cross, "score")],
+            "self": [(layer, method) for layer in own for method in ("encode", "score")],
+            "head": [(self.head, "encode"), (self.head, "forward")]}
+        if self.interaction is not None:
+            parts["interaction"] = [(self.interaction, "score")]
+        return parts
+
     def encode(self, user: UserSide) -> UserState:
         """The user's side: keys and values of each layer, the user's share of the head, the runs of matches."""
         user = keep_newest(user, self.max_events)

@@ -62,6 +62,12 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
+def numerics(device: torch.device) -> dict[str, Any]:
+    """What the bits of a computation depend on beside its inputs: kernels, and how many threads share them."""
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {"torch": str(torch.__version__), "processor": processor, "threads": torch.get_num_threads()}
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="ascii").strip()

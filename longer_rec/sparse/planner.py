@@ -48,9 +48,18 @@ def build_sharders(config: SparseConfig) -> list[ModuleSharder[nn.Module]]:
             cast(ModuleSharder[nn.Module], EmbeddingCollectionSharder(fused))]
 
 
-def allowed_types(pooled: bool, config: SparseConfig, device: torch.device) -> dict[str, str]:
-    """For each sharding type, "" when a table may have it, or why not."""
+def allowed_types(pooled: bool, config: SparseConfig, device: torch.device, strict: bool = False) -> dict[str, str]:
+    """For each sharding type, "" when a table may have it, or why not.
+
+    ``strict`` leaves those that give bitwise the same table on any number of ranks.
+    """
     reasons = dict.fromkeys(_TYPES, "")
+    if strict and pooled:
+        reasons["row_wise"] = ("each rank pools its own rows first, so the order of additions depends on the number of "
+                               "processes, which elastic.strict rules out; use table_wise, or elastic.strict=false")
+        reasons["data_parallel"] = ("replicas are summed rank by rank, in an order that depends on the number of "
+                                    "processes, which elastic.strict rules out; use table_wise, or "
+                                    "elastic.strict=false")
     if config.optimizer == "rowwise_adagrad":
         reasons["column_wise"] = ("rowwise_adagrad keeps one step size for each row and column shard, so the result "
                                   "would depend on the number of shards; use adagrad, or table_wise or row_wise")
@@ -66,28 +75,29 @@ def allowed_types(pooled: bool, config: SparseConfig, device: torch.device) -> d
 
 
 def build_plan(module: nn.Module, config: SparseConfig, world: World, batch_requests: int = 256,
-               ids_per_request: Mapping[str, float] | None = None) -> SparsePlan:
+               ids_per_request: Mapping[str, float] | None = None, strict: bool = False) -> SparsePlan:
     """Where each table of ``module`` goes; a pure function, so that rank 0 may decide for all.
 
     ``batch_requests`` (per rank) and ``ids_per_request`` (mean number of ids by key, such as "history.item") tell
-    the planner how much is looked up. ``ConfigError`` when the tables cannot be split that way or do not fit.
+    the planner how much is looked up; ``strict`` as in ``allowed_types``. ``ConfigError`` when the tables cannot be
+    split that way or do not fit.
     """
     collections = find_collections(module)
     if isinstance(config.plan, str) and config.plan == "auto":
-        tables = _automatic(module, collections, config, world, batch_requests, ids_per_request or {})
+        tables = _automatic(module, collections, config, world, strict, batch_requests, ids_per_request or {})
     elif isinstance(config.plan, str) and config.plan not in _TYPES:
         plan = load_plan(Path(config.plan))
-        check_plan(plan, module, config, world)
+        check_plan(plan, module, config, world, strict)
         return plan
     else:
-        tables = _explicit(collections, config, world)
+        tables = _explicit(collections, config, world, strict)
     plan = SparsePlan(world_size=world.size, ranks_per_host=world.local_size, device=world.device.type,
                       tables=tuple(tables))
-    check_plan(plan, module, config, world)
+    check_plan(plan, module, config, world, strict)
     return plan
 
 
-def check_plan(plan: SparsePlan, module: nn.Module, config: SparseConfig, world: World) -> None:
+def check_plan(plan: SparsePlan, module: nn.Module, config: SparseConfig, world: World, strict: bool) -> None:
     """``ConfigError`` unless the plan is for this machine and holds exactly the tables of ``module``."""
     if (plan.world_size, plan.device) != (world.size, world.device.type):
         raise ConfigError(f"the plan is for {plan.world_size} ranks on {plan.device}, this run has {world.size} on "
@@ -103,7 +113,7 @@ def check_plan(plan: SparsePlan, module: nn.Module, config: SparseConfig, world:
         if (table.rows, table.dim) != wanted[key]:
             raise ConfigError(f"the plan has table {table.table!r} with {table.rows} rows of {table.dim}, the model "
                               f"{wanted[key][0]} rows of {wanted[key][1]}; plan again")
-        reason = allowed_types(table.pooled, config, world.device)[table.sharding_type]
+        reason = allowed_types(table.pooled, config, world.device, strict)[table.sharding_type]
         if reason:
             raise ConfigError(f"table {table.table!r} cannot be {table.sharding_type}: {reason}")
         if max(table.ranks) >= world.size:
@@ -119,7 +129,8 @@ def _check_cover(table: TablePlan) -> None:
                           f"{table.rows * table.dim}; plan again")
 
 
-def _explicit(collections: Mapping[str, Collection], config: SparseConfig, world: World) -> list[TablePlan]:
+def _explicit(collections: Mapping[str, Collection], config: SparseConfig, world: World,
+              strict: bool) -> list[TablePlan]:
     every = [(path, collection, table) for path, collection in collections.items()
              for table in table_configs(collection)]
     if isinstance(config.plan, str):
@@ -136,7 +147,7 @@ def _explicit(collections: Mapping[str, Collection], config: SparseConfig, world
     # The largest table is placed first, always on the rank that holds least.
     for path, collection, table in sorted(every, key=lambda item: -item[2].num_embeddings * item[2].embedding_dim):
         pooled = isinstance(collection, EmbeddingBagCollection)
-        reason = allowed_types(pooled, config, world.device)[types[table.name]]
+        reason = allowed_types(pooled, config, world.device, strict)[types[table.name]]
         if reason:
             raise ConfigError(f"sparse.plan: table {table.name!r} cannot be {types[table.name]}: {reason}")
         plans[path, table.name] = place_table(path, collection, table, types[table.name], config, load)
@@ -188,10 +199,10 @@ def _table_plan(path: str, table: Any, pooled: bool, sharding_type: str, kernel:
 
 
 def _automatic(module: nn.Module, collections: Mapping[str, Collection], config: SparseConfig, world: World,
-               batch_requests: int, ids_per_request: Mapping[str, float]) -> list[TablePlan]:
+               strict: bool, batch_requests: int, ids_per_request: Mapping[str, float]) -> list[TablePlan]:
     constraints = {}
     for collection in collections.values():
-        reasons = allowed_types(isinstance(collection, EmbeddingBagCollection), config, world.device)
+        reasons = allowed_types(isinstance(collection, EmbeddingBagCollection), config, world.device, strict)
         # Replicas are left to those who ask for them: they cost an all-reduce, and exactness over world sizes.
         types = [name for name, reason in reasons.items() if not reason and name != "data_parallel"]
         for table in table_configs(collection):

@@ -127,15 +127,15 @@ class SparseTables(nn.Module):
         Returns "history.<feature>" (T x E), "candidates.<feature>" (C x E) and "users.<feature>" (B x E), rows in
         the order of the batch's ids. Every exchange is started before the first is waited for, so that they overlap.
         """
-        pending = [self.ec[name](_jagged(batch, keys)) for name, keys in self._ec_keys.items()]
+        pending = {name: self.ec[name](_jagged(batch, keys)) for name, keys in self._ec_keys.items()}
         pooled = self.ebc(self._pooled_ids(batch)) if self.ebc is not None else None
         embedded: dict[str, Tensor] = {}
-        for collection in pending:
+        # Key by key: the order in which TorchRec returns them depends on the plan.
+        for name, collection in pending.items():
             rows = collection.wait() if isinstance(collection, Awaitable) else collection
-            embedded.update({key: jagged.values() for key, jagged in rows.items()})
+            embedded.update({key: rows[key].values() for key in self._ec_keys[name]})
         if pooled is not None:
             keyed = pooled.wait() if isinstance(pooled, Awaitable) else pooled
-            # By key: the order of the columns depends on the plan.
             embedded.update({key: self._pooled(keyed[key], batch, key) for key in self._ebc_keys})
         return embedded
 

@@ -13,8 +13,12 @@ from longer_rec.sparse.optimizers import DenseOptimizerConfig
 from longer_rec.sparse.tables import SparseConfig
 from longer_rec.train.precision import Precision
 
-# Keys that may differ when a run directory is resumed: they move the run, they do not change the model.
-_LOCATION_KEYS = ("name", "run_dir", "data.dir", "data.loader_processes", "data.prefetch_batches")
+# Keys that may differ when a run directory is resumed: they move or watch the run, they do not change the model.
+_FREE_KEYS = frozenset((
+    "name", "run_dir", "data.dir", "data.loader_processes", "data.prefetch_batches", "sparse.plan", "sparse.kernel",
+    "elastic.strict", "elastic.digest_every", "train.recompute", "train.log_every", "train.eval_every",
+    "train.eval_requests", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.timeout_s",
+    "train.checkpoint_timeout_s"))
 
 
 class ScheduleConfig(Config):
@@ -29,14 +33,17 @@ class TrainConfig(Config):
 
     epochs: float = pydantic.Field(1.0, ge=0, description="passes over the training requests; 0 only evaluates")
     precision: Precision = "fp32"
+    recompute: tuple[str, ...] = pydantic.Field((), description="parts of the tower that keep no activations")
     clip_norm: float = pydantic.Field(1.0, gt=0, description="bound on the norm of the dense gradient")
     max_bad_steps: int = pydantic.Field(10, ge=1, description="non-finite steps in a row before the run is given up")
     log_every: int = pydantic.Field(20, ge=1, description="steps")
     eval_every: int = pydantic.Field(1000, ge=1, description="steps")
     eval_requests: int = pydantic.Field(2000, ge=1, description="validation requests of the evaluations on the way")
     checkpoint_every: int = pydantic.Field(1000, ge=1, description="steps")
-    keep_checkpoints: int = pydantic.Field(2, ge=1)
-    timeout_s: float = pydantic.Field(120.0, gt=0, description="of every collective operation")
+    keep_checkpoints: int = pydantic.Field(2, ge=1, description="the newest ones")
+    keep_every: int | None = pydantic.Field(None, ge=1, description="steps; multiples of it stay for ever")
+    timeout_s: float = pydantic.Field(120.0, gt=0, description="of every collective operation of a step")
+    checkpoint_timeout_s: float = pydantic.Field(1800.0, gt=0, description="of a save, all ranks' writing included")
 
 
 class Job(Config):
@@ -78,14 +85,15 @@ def baseline_jobs(job: Job) -> dict[str, Job]:
 
 
 def changed_keys(saved: Job, current: Job) -> list[str]:
-    """Dotted keys in which two jobs differ, leaving out where things lie."""
+    """Dotted keys in which two jobs differ, leaving out those that may."""
     old, new = _flatten(saved.model_dump(mode="json")), _flatten(current.model_dump(mode="json"))
-    return sorted(key for key in old.keys() | new.keys()
-                  if old.get(key) != new.get(key) and key not in _LOCATION_KEYS)
+    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if key not in _FREE_KEYS:
+            flat |= _flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return flat

@@ -9,6 +9,8 @@ from typing import Self
 from torch.utils.tensorboard import SummaryWriter
 
 from longer_rec.errors import CheckpointError
+from longer_rec.train.digests import DIGESTS, digest_line
+from longer_rec.train.run_dir import write_atomically
 
 Value = float | int | str | None
 
@@ -21,9 +23,10 @@ class RunLog:
     """
 
     def __init__(self, directory: Path, resumed_step: int) -> None:
+        self._digests = directory / DIGESTS
         path = directory / "metrics.jsonl"
-        if path.exists():
-            _drop_lines_after(path, resumed_step)
+        for existing in filter(Path.exists, (path, self._digests)):
+            _drop_lines_after(existing, resumed_step)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
 
@@ -36,6 +39,10 @@ class RunLog:
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{split}/{name}", value, step)
 
+    def write_digests(self, step: int, digests: Mapping[str, int]) -> None:
+        with self._digests.open("a", encoding="utf-8", buffering=1) as file:
+            file.write(digest_line(step, digests) + "\n")
+
     def __enter__(self) -> Self:
         return self
 
@@ -45,13 +52,16 @@ class RunLog:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # torn by a crash while it was written; what it said is said again
     kept = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
             # The test split is evaluated at the end of every start, also of one that had nothing left to train.
-            if entry["step"] <= step and entry["split"] != "test":
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+            if entry["step"] <= step and entry.get("split") != "test":
+                kept.append(line)
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{path} line {number} is damaged; remove that line to resume") from None
-    path.write_text("".join(kept), encoding="utf-8")
+    write_atomically(path, "".join(kept))

@@ -24,6 +24,7 @@ from longer_rec.sparse.planner import build_plan
 from longer_rec.sparse.sharding import shard_ranker
 from longer_rec.sparse.tables import build_tables, widths
 from longer_rec.train.job import Job
+from longer_rec.train.recompute import apply_recompute
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,14 @@ def build_ranker(job: Job, schema: Schema, device: torch.device) -> Ranker:
     tables = build_tables(schema, job.sparse, device="meta")
     torch.manual_seed(derive_seed(job.seed, "tower"))
     tower = build_tower(job.model, input_widths(schema, job), len(schema.tasks), job.data.max_events).to(device)
+    apply_recompute(tower, job.train.recompute)
     return Ranker(schema, tables, tower)
 
 
 def plan_tables(ranker: Ranker, job: Job, dataset: Dataset, world: World) -> SparsePlan:
     """Where each table goes; a function of the job, the data's counts and the world."""
     return build_plan(ranker, job.sparse, world, job.data.batch_requests,
-                      ids_per_request(dataset, job.data.max_events))
+                      ids_per_request(dataset, job.data.max_events), strict=job.elastic.is_strict)
 
 
 def ids_per_request(dataset: Dataset, max_events: int) -> dict[str, float]:

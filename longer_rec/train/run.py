@@ -18,10 +18,12 @@ from longer_rec.runtime.determinism import make_deterministic
 from longer_rec.runtime.distributed import World, joined_world, on_all, on_main
 from longer_rec.runtime.logging import quiet_libraries
 from longer_rec.runtime.memory import keep_freed_memory
+from longer_rec.runtime.preemption import StopSignal
 from longer_rec.sparse.planfile import save_plan
 from longer_rec.train.job import Job, baseline_jobs
 from longer_rec.train.log import RunLog
 from longer_rec.train.parallelize import check_job, parallelize
+from longer_rec.train.replay import replay_step
 from longer_rec.train.run_dir import open_run_dir, read_run, write_atomically
 from longer_rec.train.trainer import Trainer
 
@@ -35,12 +37,12 @@ def train(job: Job) -> list[Row] | None:
     directory is raised on all ranks before a step is taken.
     """
     _prepare_process()
-    with joined_world(job.train.timeout_s) as world:
+    with StopSignal() as stop, joined_world(job.train.timeout_s) as world:
         dataset = _open_data(job, world)
         jobs = [job, *baseline_jobs(job).values()]
         for each in jobs:
             check_job(each, dataset, world)
-        rows = [_train_one(each, dataset, world, show_plan=each is job) for each in jobs]
+        rows = [_train_one(each, dataset, world, stop, show_plan=each is job) for each in jobs]
         if not world.is_main:
             return None
         write_atomically(job.run_dir / "results.json", json.dumps(rows, indent=2))
@@ -48,10 +50,10 @@ def train(job: Job) -> list[Row] | None:
         return rows
 
 
-def _train_one(job: Job, dataset: Dataset, world: World, show_plan: bool) -> Row:
+def _train_one(job: Job, dataset: Dataset, world: World, stop: StopSignal, show_plan: bool) -> Row:
     num_workers = resolve_num_workers(job.elastic, world.size)
     on_main(world, lambda: open_run_dir(job, dataset, num_workers))
-    trainer, checkpoints = _restored_trainer(job, dataset, world, num_workers)
+    trainer, checkpoints = _restored_trainer(job, dataset, world, num_workers, stop)
     if world.is_main:
         if show_plan:
             plan_table(trainer.parallel.plan.model_dump()["tables"])
@@ -76,6 +78,19 @@ def evaluate_run(run_dir: Path, split: str) -> Row:
         dataset = _open_data(job, world, [split])
         trainer = load_run(job, dataset, world)
         return {"name": job.name, "step": trainer.step, "split": split, **trainer.evaluate(split)}
+
+
+def replay_run(run_dir: Path) -> list[str]:
+    """Run the step again at which a run was given up, on one process; what is not finite in it, a line each."""
+    _prepare_process()
+    num_workers = int(read_run(run_dir)["num_workers"])
+    job = load_config(Job, run_dir / "config.yaml", [f"run_dir={run_dir}"])
+    with joined_world(job.train.timeout_s) as world:
+        dataset = _open_data(job, world, ["train"])
+        trainer = Trainer(job, dataset, world, parallelize(job, dataset, world), num_workers)
+        if not trainer.restore(CheckpointManager(run_dir / "failure")):
+            raise CheckpointError(f"{run_dir} holds no step that was given up; there is nothing to replay")
+        return [f"step {trainer.step}", *replay_step(trainer)]
 
 
 def load_run(job: Job, dataset: Dataset, world: World) -> Trainer:
@@ -105,9 +120,11 @@ def _open_data(job: Job, world: World, splits: Sequence[str] = SPLITS) -> Datase
     return on_all(world, open_and_check)
 
 
-def _restored_trainer(job: Job, dataset: Dataset, world: World, num_workers: int) -> tuple[Trainer, CheckpointManager]:
+def _restored_trainer(job: Job, dataset: Dataset, world: World, num_workers: int,
+                      stop: StopSignal | None = None) -> tuple[Trainer, CheckpointManager]:
     """The trainer as the newest checkpoint left it, or at step 0, and the run's checkpoints."""
-    trainer = Trainer(job, dataset, world, parallelize(job, dataset, world), num_workers)
-    checkpoints = CheckpointManager(job.run_dir / "checkpoints", keep=job.train.keep_checkpoints)
+    trainer = Trainer(job, dataset, world, parallelize(job, dataset, world), num_workers, stop)
+    checkpoints = CheckpointManager(job.run_dir / "checkpoints", job.train.keep_checkpoints, job.train.keep_every,
+                                    job.train.checkpoint_timeout_s)
     trainer.restore(checkpoints)
     return trainer, checkpoints

@@ -21,12 +21,15 @@ from longer_rec.elastic.step import (
     take_leaf_gradients,
     unflatten_gradients,
 )
-from longer_rec.errors import CheckpointError, DataError
+from longer_rec.errors import CheckpointError, DataError, Preempted
 from longer_rec.report.terminal import TrainProgress
 from longer_rec.runtime.determinism import derive_seed
 from longer_rec.runtime.distributed import World
+from longer_rec.runtime.machine import numerics
+from longer_rec.runtime.preemption import StopSignal
 from longer_rec.runtime.profiling import StepClock
 from longer_rec.sparse.optimizers import warmup_cosine
+from longer_rec.train.digests import StateDigests, combined_digest
 from longer_rec.train.evaluate import evaluate
 from longer_rec.train.job import Job
 from longer_rec.train.log import RunLog
@@ -36,11 +39,15 @@ from longer_rec.train.precision import precision_context
 
 @dataclass(frozen=True)
 class StepResult:
-    """Scalars of one step, equal on all ranks. A step that is not ``finite`` updated nothing."""
+    """Scalars of one step, equal on all ranks. A step that is not ``finite`` updated nothing.
+
+    ``num_stopping`` counts the workers whose process was told to stop.
+    """
 
     loss: float
     grad_norm: float
     sparse_grad_norm: float
+    num_stopping: float = 0.0
 
     @property
     def finite(self) -> bool:
@@ -50,16 +57,20 @@ class StepResult:
 class Trainer:
     """Owns the step counter; the model and the optimizers are ``parallel``'s."""
 
-    def __init__(self, job: Job, dataset: Dataset, world: World, parallel: ParallelRanker, num_workers: int) -> None:
+    def __init__(self, job: Job, dataset: Dataset, world: World, parallel: ParallelRanker, num_workers: int,
+                 stop: StopSignal | None = None) -> None:
         self.job = job
         self.dataset = dataset
         self.world = world
         self.parallel = parallel
         self.num_workers = num_workers
         self.workers = owned_workers(world.rank, world.size, num_workers)
+        self.stop = stop or StopSignal()
+        self.digests = StateDigests(parallel.state_dict(), world)
         self.clock = StepClock()
         self.step = 0
         self.bad_steps = 0
+        self.skipped_steps = 0
         self.elapsed_s = 0.0
         self._tallied = (0, 0, 0)
 
@@ -86,17 +97,19 @@ class Trainer:
         tree, sparse_gradients = SubtreeStack(), []
         with self.clock.part("time_tower_s"):
             for worker, batch, leaves in zip(self.workers, batches, split_lookup(lookup, batches), strict=True):
-                loss = self._worker_backward(worker, batch, leaves)
+                _, loss = self.worker_backward(worker, batch, leaves)
                 gradients = take_leaf_gradients(leaves)
                 sparse_norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum()
-                tree.push(worker, flatten_gradients(tower_parameters, [loss, sparse_norm]))
+                # What all ranks must agree on travels behind the gradients.
+                scalars = [loss, sparse_norm, loss.new_tensor(self.stop.received is not None)]
+                tree.push(worker, flatten_gradients(tower_parameters, scalars))
                 sparse_gradients.append(gradients)
         with self.clock.part("time_reduce_s"):
             total = tree_all_reduce(tree, self.num_workers)
-            loss, sparse_norm = unflatten_gradients(total, tower_parameters)
-            grad_norm = total[:-2].norm()
+            loss, sparse_norm, num_stopping = unflatten_gradients(total, tower_parameters)
+            grad_norm = total[:-3].norm()
             # .tolist(): a host sync a step, the price of deciding on every rank alike before anything is updated.
-            result = StepResult(*torch.stack([loss, grad_norm, sparse_norm.sqrt()]).tolist())
+            result = StepResult(*torch.stack([loss, grad_norm, sparse_norm.sqrt(), num_stopping]).tolist())
         if result.finite:
             with self.clock.part("time_sparse_s"):
                 backward_through_lookup(lookup, sparse_gradients)
@@ -105,8 +118,8 @@ class Trainer:
                 optimizer.step()
         return result
 
-    def _worker_backward(self, worker: int, batch: RequestBatch, leaves: Mapping[str, Tensor]) -> Tensor:
-        """Leaves gradients in the leaves and the tower; returns the worker's share of the global mean loss.
+    def worker_backward(self, worker: int, batch: RequestBatch, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Leaves gradients in the leaves and the tower; logits (C x Y) and the worker's share of the global mean loss.
 
         Dropout draws from a generator that depends on (seed, step, worker) alone.
         """
@@ -116,10 +129,14 @@ class Trainer:
         loss = binary_cross_entropy_with_logits(logit_CY.float(), batch.label_CY) / self.num_workers
         if loss.requires_grad:
             loss.backward()
-        return loss
+        return logit_CY, loss
 
     def fit(self, checkpoints: CheckpointManager, log: RunLog | None) -> None:
-        """Train from the current step to the last one; logs, evaluates and saves on the way."""
+        """Train from the current step to the last one; logs, evaluates and saves on the way.
+
+        ``Preempted`` once a signal has stopped it and the step is saved, ``DataError`` when too many steps in a row
+        were not finite; what reproduces them is in ``<run_dir>/failure`` then.
+        """
         loader = TrainLoader(self.dataset, self.job.data, seed=self.job.seed, num_workers=self.num_workers,
                              workers=self.workers, start_step=self.step, num_steps=self.num_steps - self.step)
         cadence = self.job.train
@@ -131,41 +148,86 @@ class Trainer:
                 self._count_bad(result)
                 self._tally(batches)
                 self.clock.add("time_data_s", loader.wait_s)
+                self._write_digests(log)
                 evaluates = self.step % cadence.eval_every == 0
                 saves = self.step % cadence.checkpoint_every == 0 or self.step == self.num_steps
-                # Before either, so that the time they take is in no step's rates.
+                # Before either, so that the time of an evaluation is in no step's rates.
                 if self.step % cadence.log_every == 0 or evaluates or saves:
                     self._log_step(log, progress, result)
                 if evaluates:
                     self._log_evaluation(log, progress)
-                if saves:
+                if saves or result.num_stopping:
                     self.save(checkpoints)
+                if result.num_stopping:
+                    checkpoints.wait()
+                    raise Preempted(f"told to stop ({self.stop.received or 'another rank was'}); step {self.step:,} of "
+                                    f"{self.num_steps:,} is saved, start again to continue")
+        checkpoints.wait()
+        self.elapsed_s += self.clock.take()[1]
 
     def save(self, checkpoints: CheckpointManager) -> None:
-        """Commit weights, optimizer state and the position in the data; a collective call."""
-        checkpoints.save(self.step, self.parallel.state_dict(), {
-            "step": self.step, "samples": self.step * self.num_workers * self.job.data.batch_requests,
-            "elapsed_s": self.elapsed_s, "bad_steps": self.bad_steps, "num_workers": self.num_workers,
-            "world_size": self.world.size, "data_fingerprint": self.dataset.fingerprint, "name": self.job.name})
-        _, elapsed = self.clock.take()
-        self.elapsed_s += elapsed
+        """Save weights, optimizer state and the position in the data while training goes on; a collective call."""
+        with self.clock.part("time_save_s"):
+            state = self.parallel.state_dict()
+            checkpoints.save_async(self.step, state, {
+                "step": self.step, "samples": self.step * self.num_workers * self.job.data.batch_requests,
+                "elapsed_s": self.elapsed_s, "bad_steps": self.bad_steps, "skipped_steps": self.skipped_steps,
+                "num_workers": self.num_workers, "world_size": self.world.size, "name": self.job.name,
+                "data_fingerprint": self.dataset.fingerprint, "numerics": numerics(self.world.device),
+                "digest": combined_digest(self.digests(state))})
 
-    def restore(self, checkpoints: CheckpointManager) -> None:
-        """Continue from the newest complete checkpoint, if there is one; a collective call."""
+    def restore(self, checkpoints: CheckpointManager) -> bool:
+        """Continue from the newest complete checkpoint, if there is one; a collective call.
+
+        Whatever the number of ranks and the plan it was written under, the loaded state must have its digest.
+        """
         extra = self.parallel.load_latest(checkpoints)
         if extra is None:
-            return
+            return False
         if extra["data_fingerprint"] != self.dataset.fingerprint:
             raise CheckpointError(f"the checkpoint of step {extra['step']} was trained on data "
                                   f"{extra['data_fingerprint'][:12]}, not on {self.dataset.fingerprint[:12]}; "
                                   "choose another run_dir")
-        self.step, self.elapsed_s, self.bad_steps = extra["step"], extra["elapsed_s"], extra["bad_steps"]
+        digest = combined_digest(self.digests(self.parallel.state_dict()))
+        if digest != extra["digest"]:
+            raise CheckpointError(f"the state loaded at step {extra['step']} has digest {digest}, saved was one of "
+                                  f"{extra['digest']}: this machine's memory is at fault, or TorchRec's resharding")
+        self._check_numerics(extra["numerics"])
+        self.step, self.elapsed_s = extra["step"], extra["elapsed_s"]
+        self.bad_steps, self.skipped_steps = extra["bad_steps"], extra["skipped_steps"]
+        return True
+
+    def _check_numerics(self, saved: Mapping[str, object]) -> None:
+        here = numerics(self.world.device)
+        changed = [f"{name} was {saved.get(name)}, is {value}" for name, value in here.items()
+                   if saved.get(name) != value]
+        if changed and self.job.elastic.is_strict:
+            raise CheckpointError(f"elastic.strict promises bitwise the same model, but {'; '.join(changed)}: continue "
+                                  "as the run began, or set elastic.strict=false")
 
     def _count_bad(self, result: StepResult) -> None:
-        self.bad_steps = 0 if result.finite else self.bad_steps + 1
+        if result.finite:
+            self.bad_steps = 0
+            return
+        self.bad_steps += 1
+        self.skipped_steps += 1
         if self.bad_steps >= self.job.train.max_bad_steps:
-            raise DataError(f"step {self.step}: {self.bad_steps} steps in a row had a loss or gradient that is not "
-                            f"finite (loss {result.loss}); lower dense.lr or sparse.lr, or look at the data")
+            # Nothing was updated since the first of them: this state and that step reproduce it.
+            dump = CheckpointManager(self.job.run_dir / "failure", keep=1)
+            self.step -= self.bad_steps
+            self.save(dump)
+            dump.wait()
+            raise DataError(f"{self.bad_steps} steps in a row from step {self.step} on had a loss or gradient that is "
+                            f"not finite (loss {result.loss}); lower dense.lr or sparse.lr, or see with `longer-rec "
+                            f"replay {self.job.run_dir}` where it begins")
+
+    def _write_digests(self, log: RunLog | None) -> None:
+        every = self.job.elastic.digest_every
+        if every and self.step % every == 0:
+            with self.clock.part("time_digest_s"):
+                digests = self.digests(self.parallel.state_dict())
+            if log is not None:
+                log.write_digests(self.step, digests)
 
     def _tally(self, batches: list[RequestBatch]) -> None:
         self._tallied = tuple(
@@ -184,7 +246,7 @@ class Trainer:
         values = {"loss": result.loss, "grad_norm": result.grad_norm, "sparse_grad_norm": result.sparse_grad_norm,
                   **{f"{name}_lr": lr for name, lr in self.parallel.optimizer.learning_rates().items()},
                   "requests_per_s": requests, "candidates_per_s": candidates, "events_per_s": events,
-                  "elapsed_s": self.elapsed_s, **parts}
+                  "skipped_steps": self.skipped_steps, "elapsed_s": self.elapsed_s, **parts}
         log.write("train", self.step, values)
         progress.update(self.step, values)
 
@@ -197,6 +259,9 @@ class Trainer:
             progress.update(self.step, {f"validation_{name}": value for name, value in metrics.items()})
 
     def evaluate(self, split: str, max_requests: int | None = None) -> dict[str, float]:
-        """Metrics of a split with the current weights; a collective call."""
+        """Metrics of a split with the current weights; a collective call.
+
+        Of a whole split it ends with ``Preempted`` when a signal comes: nothing would be lost.
+        """
         return evaluate(self.parallel.ranker, self.dataset, split, self.job.data, self.world,
-                        self.job.train.precision, max_requests)
+                        self.job.train.precision, max_requests, self.stop if max_requests is None else None)

@@ -23,6 +23,7 @@ from longer_rec.sparse.optimizers import warmup_cosine
 from longer_rec.sparse.tables import build_tables
 from longer_rec.train.job import Job
 from longer_rec.train.parallelize import parallelize
+from longer_rec.train.replay import replay_step
 from longer_rec.train.trainer import Trainer
 from tests.integration.conftest import CONFIG
 from tests.reference.ranks import run_ranks
@@ -35,9 +36,9 @@ JOB = ("elastic.num_workers=2", "data.batch_requests=4", "data.max_events=60", "
        "train.epochs=0.2", "schedule.warmup_steps=2", "train.max_bad_steps=3", "data.loader_processes=0")
 
 
-def build(data: Path, *overrides: str) -> Trainer:
+def build(data: Path, *overrides: str, run_dir: Path = Path("unused")) -> Trainer:
     """A trainer of W logical workers on this process, inside a process group."""
-    job = load_config(Job, CONFIG, [f"data.dir={data}", "run_dir=unused", *JOB, *overrides])
+    job = load_config(Job, CONFIG, [f"data.dir={data}", f"run_dir={run_dir}", *JOB, *overrides])
     dataset = open_dataset(data)
     with joined_world() as world:
         return Trainer(job, dataset, world, parallelize(job, dataset, world), W)
@@ -157,16 +158,27 @@ def test_a_step_that_is_not_finite_updates_nothing_and_is_counted(synthetic: Pat
 
 
 def _run_with_poison(rank: int, world_size: int, data: Path, run_dir: Path) -> None:
-    trainer = build(data)
+    trainer = build(data, run_dir=run_dir)
     trainer.train_step(make_steps(trainer)[0])
+    trainer.step = 1
     _poison_tower(trainer, [])
     before = whole(trainer)
-    with pytest.raises(DataError, match=r"step 3: 3 steps in a row .*not finite \(loss nan\); lower dense\.lr"):
+    with pytest.raises(DataError, match=r"3 steps in a row from step 1 on .*not finite \(loss nan\); lower dense\.lr"):
         trainer.fit(CheckpointManager(run_dir / "checkpoints"), None)
     assert all(torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0))
                for name, value in whole(trainer).items())
+    assert trainer.skipped_steps == 3
+    # The dump is that state at the first of the three, and running it again finds the poison.
+    found = build(data, run_dir=run_dir)
+    assert found.restore(CheckpointManager(run_dir / "failure"))
+    assert found.step == 1
+    lines = replay_step(found)
+    name = list(trainer.parallel.optimizer.tower)[-1]
+    assert lines[0].startswith(f"weight {name}: ")
+    assert sum("loss nan" in line for line in lines) == W
+    assert any(line.startswith("worker 1: logits of ") for line in lines)
 
 
 def test_bad_steps_in_a_row_end_the_run(synthetic: Path, tmp_path: Path) -> None:
     run_ranks(_run_with_poison, 1, synthetic, tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["failure"]

@@ -1,0 +1,67 @@
+"""Running the step again that ended a run: where the first number that is not finite comes from."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from longer_rec.batch import RequestBatch, concat_batches
+from longer_rec.data.loader import TrainLoader
+from longer_rec.elastic.step import split_lookup
+from longer_rec.train.trainer import Trainer
+
+_SHOWN = 5
+
+
+def replay_step(trainer: Trainer) -> list[str]:
+    """Forward and backward of the trainer's own workers at its step, nothing updated; a line for each finding.
+
+    In the order of the computation: table rows, tower weights, logits (by request), loss, gradients.
+    """
+    loader = TrainLoader(trainer.dataset, trainer.job.data, seed=trainer.job.seed, num_workers=trainer.num_workers,
+                         workers=trainer.workers, start_step=trainer.step, num_steps=1)
+    batches = [batch.to(trainer.world.device) for batch in loader.make_step(trainer.step)]
+    lookup = trainer.parallel.ranker.lookup(concat_batches(batches))
+    lines = _parameters_not_finite(trainer.parallel.optimizer.tower)
+    for worker, batch, leaves in zip(trainer.workers, batches, split_lookup(lookup, batches), strict=True):
+        lines += [f"worker {worker}: {line}" for line in _replay_worker(trainer, worker, batch, leaves)]
+    return lines
+
+
+def _replay_worker(trainer: Trainer, worker: int, batch: RequestBatch, leaves: Mapping[str, Tensor]) -> list[str]:
+    lines = _rows_not_finite(batch, leaves)
+    logit_CY, loss = trainer.worker_backward(worker, batch, leaves)
+    bad_C = ~torch.isfinite(logit_CY).all(dim=1)
+    if bool(bad_C.any()):
+        request_C = torch.repeat_interleave(batch.request_row_B, batch.num_candidates_B)
+        lines.append(f"logits of {int(bad_C.sum())} of {len(bad_C)} candidates; requests (rows of the index) "
+                     f"{_some(request_C[bad_C])}")
+    lines.append(f"loss {loss.item() * trainer.num_workers}")
+    for name, parameter in trainer.parallel.optimizer.tower.items():
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            lines.append(f"gradient of {name}: {int((~torch.isfinite(parameter.grad)).sum())} of "
+                         f"{parameter.grad.numel()} values")
+        parameter.grad = None
+    return lines
+
+
+def _parameters_not_finite(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    return [f"weight {name}: {int((~torch.isfinite(value)).sum())} of {value.numel()} values"
+            for name, value in parameters.items() if not bool(torch.isfinite(value).all())]
+
+
+def _rows_not_finite(batch: RequestBatch, leaves: Mapping[str, Tensor]) -> list[str]:
+    ids = {**{f"history.{name}": value for name, value in batch.history.items()},
+           **{f"candidates.{name}": value for name, value in batch.candidates.items()}}
+    lines = []
+    for key, value in leaves.items():
+        bad = ~torch.isfinite(value).all(dim=1)
+        if bool(bad.any()):
+            rows = f"; ids {_some(ids[key][bad])}" if key in ids else ""
+            lines.append(f"looked-up rows of {key}: {int(bad.sum())} of {len(bad)}{rows}")
+    return lines
+
+
+def _some(values: Tensor) -> str:
+    found = values.unique().tolist()
+    return ", ".join(map(str, found[:_SHOWN])) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
