@@ -45,7 +45,7 @@ class StateDigests:
         if drifted:
             rank, tensor = drifted[0]
             raise RankLost(f"rank {rank} holds other values of the replicated {names[tensor]!r} than rank 0: its "
-                           "memory or processor is at fault; start again from the last checkpoint, without that machine")
+                           "memory or processor is at fault; start again without that machine")
         return dict(zip(names, torch.where(sharded, rank_digests.sum(0), rank_digests[0]).tolist(), strict=True))
 
 
