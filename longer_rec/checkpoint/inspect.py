@@ -1,6 +1,9 @@
 """Reading checkpoints without their run: what is in one, and how two differ."""
 
 import json
+import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,10 @@ from longer_rec.checkpoint.manager import CheckpointManager
 from longer_rec.checkpoint.manifest import MANIFEST, Manifest, TensorEntry, damaged_files, read_manifest
 from longer_rec.checkpoint.tensors import iterate_tensors
 from longer_rec.errors import CheckpointError
+
+_TABLE = re.compile(r"\bembedding(?:_bag)?s\.(.+)\.weight$")
+_POSITION = ("name", "step", "epoch", "samples", "num_workers", "world_size", "data_fingerprint")
+_MAX_DIFFERENCES = 20
 
 
 @dataclass(frozen=True)
@@ -81,20 +88,87 @@ def find_checkpoint(path: Path) -> Path:
     raise CheckpointError(f"{path} holds no checkpoint; give a step-N directory or a run directory that has one")
 
 
-def summary_lines(summary: CheckpointSummary) -> list[str]:
-    """A checkpoint for reading: position, tensors, faults."""
-    width = max((len(key) for key in summary.tensors), default=0)
-    return [f"step {summary.step}, {len(summary.tensors)} tensors, {summary.num_bytes / 1e6:.1f} MB",
-            *(f"{key}: {json.dumps(value)}" for key, value in sorted(summary.extra.items())),
-            *(f"{key:{width}}  {entry.dtype} {' x '.join(map(str, entry.shape)) or 'scalar'}"
-              for key, entry in sorted(summary.tensors.items())),
-            *(f"damaged: {fault}" for fault in summary.faults)]
+def summary_lines(summary: CheckpointSummary, detail: bool = False) -> list[str]:
+    """A checkpoint for reading: position, tables, parts of the tower (with ``detail`` every tensor), faults."""
+    lines = [f"step {summary.step}: {len(summary.tensors)} tensors, {summary.num_bytes / 1e6:.1f} MB",
+             *_position_lines(summary.extra)]
+    if detail:
+        lines += _columns([(key, f"{_shape(entry)}  {entry.dtype}") for key, entry in sorted(summary.tensors.items())])
+    else:
+        lines += _parameter_lines(summary.tensors)
+    return [*lines, *(f"damaged: {fault}" for fault in summary.faults)]
 
 
-def difference_lines(difference: CheckpointDifference) -> list[str]:
-    """What differs, a line each; none for equal checkpoints."""
-    return [*(f"{key}: {json.dumps(a)} and {json.dumps(b)}" for key, (a, b) in sorted(difference.extra.items())),
-            *(f"{entry.key}: {entry.kind}, {entry.detail}" for entry in difference.tensors)]
+def difference_lines(difference: CheckpointDifference, detail: bool = False) -> list[str]:
+    """What differs; none for equal checkpoints. A line for each of 20 parameters, or with ``detail`` each tensor."""
+    extra = [f"{key}: {json.dumps(a)} and {json.dumps(b)}" for key, (a, b) in sorted(difference.extra.items())]
+    if detail:
+        return [*extra, *(f"{entry.key}: {entry.kind}, {entry.detail}" for entry in difference.tensors)]
+    grouped: dict[str, list[TensorDifference]] = {}
+    for entry in difference.tensors:
+        grouped.setdefault(_parameter(entry.key)[0], []).append(entry)
+    lines = []
+    for first, *others in (sorted(entries, key=lambda entry: _parameter(entry.key)[1]) for entries in grouped.values()):
+        also = ", ".join(_parameter(entry.key)[1] for entry in others)
+        lines.append(f"{first.key}: {first.kind}, {first.detail}{f'; also its {also}' if also else ''}")
+    more = len(lines) - _MAX_DIFFERENCES
+    return [*extra, *lines[:_MAX_DIFFERENCES], *([f"and {more} more parameters"] if more > 0 else [])]
+
+
+def _position_lines(extra: Mapping[str, Any]) -> list[str]:
+    """Where in its run a checkpoint stands: what is known by name first, then the rest."""
+    def tell(value: Any) -> str:
+        if isinstance(value, str):
+            return f"{value[:12]}..." if len(value) == 64 else value  # a SHA-256
+        if isinstance(value, float):
+            return f"{value:,.6g}"
+        return f"{value:,}" if isinstance(value, int) else json.dumps(value)
+
+    known = [key for key in _POSITION if key in extra]
+    return _columns([(key, tell(extra[key])) for key in [*known, *sorted(extra.keys() - known)]])
+
+
+def _parameter_lines(tensors: Mapping[str, TensorEntry]) -> list[str]:
+    """Tables, a line each, and the parts of everything else, a line each, both with their optimizer's state."""
+    parameters: dict[str, dict[str, TensorEntry]] = {}
+    for key, entry in sorted(tensors.items()):
+        parameter, state = _parameter(key)
+        parameters.setdefault(parameter, {})[state] = entry
+    tables: list[tuple[str, str]] = []
+    parts: dict[str, list[dict[str, TensorEntry]]] = {}
+    for parameter, held in parameters.items():
+        name = _TABLE.search(parameter)
+        if name and "" in held:
+            states = "".join(f", {state} {_shape(entry)}" for state, entry in held.items() if state)
+            tables.append((name[1], f"{_shape(held[''])}  {held[''].dtype}{states}"))
+        else:
+            parts.setdefault(".".join(parameter.split(".")[:2]), []).append(held)
+    lines = []
+    for part, members in parts.items():
+        own = [held[""] for held in members if "" in held]
+        states = "".join(f", {state}" for state in sorted({state for held in members for state in held if state}))
+        num_values = sum(math.prod(entry.shape) for entry in own)
+        lines.append((part, f"{len(own)} tensors, {num_values:,} values{states}"))
+    return [f"{len(tables)} tables", *_columns(tables), f"{sum(map(len, parts.values()))} other parameters",
+            *_columns(lines)]
+
+
+def _parameter(key: str) -> tuple[str, str]:
+    """The parameter that a tensor belongs to, and which state of the optimizer it is: "" for the parameter itself."""
+    part, _, name = key.partition("/")
+    if part != "optimizer":
+        return name, ""
+    parameter, _, state = name.rpartition("/")
+    return parameter, state.rpartition(".")[2]
+
+
+def _shape(entry: TensorEntry) -> str:
+    return " x ".join(f"{size:,}" for size in entry.shape) or "scalar"
+
+
+def _columns(rows: list[tuple[str, str]]) -> list[str]:
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"  {name:{width}}  {value}" for name, value in rows]
 
 
 def _whole(path: Path) -> Manifest:

@@ -21,6 +21,7 @@ from longer_rec.checkpoint.inspect import (
 )
 from longer_rec.checkpoint.manager import CheckpointManager
 from longer_rec.checkpoint.manifest import Manifest, hash_file, read_manifest, write_manifest
+from longer_rec.checkpoint.tensors import Staging, flatten
 from longer_rec.errors import CheckpointError
 
 
@@ -173,8 +174,63 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
         manager.save(step, make_state(step), {})
     assert manager.steps() == [15, 100]
     assert manager.latest() == tmp_path / "step-100"
-    with pytest.raises(CheckpointError, match="keep=0"):
-        CheckpointManager(tmp_path, keep=0)
+    for unusable in ({"keep": 0}, {"keep_every": 0}):
+        with pytest.raises(CheckpointError, match="=0"):
+            CheckpointManager(tmp_path, **unusable)
+
+
+def test_multiples_of_keep_every_are_kept_for_ever(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=1, keep_every=10)
+    for step in range(4, 32, 2):
+        manager.save(step, make_state(step), {})
+    manager.save(32, make_state(32), {})
+    assert manager.steps() == [10, 20, 30, 32]
+
+
+def test_damaged_newer_checkpoint_pushes_out_no_whole_one(tmp_path: Path) -> None:
+    """After falling back from step 9 to step 6: what is saved next is older than the damaged one, and stays."""
+    for step in (3, 6, 9):
+        CheckpointManager(tmp_path, keep=2).save(step, make_state(step), {})
+    damage(tmp_path / "step-9", "cut", random.Random(0))
+    state = zeros_like(make_state())
+    manager = CheckpointManager(tmp_path, keep=1)
+    manager.load_latest(state)
+    manager.save(7, make_state(7), {})
+    assert manager.steps() == [7, 9]
+    loaded = manager.load_latest(state)
+    assert loaded is not None
+    assert loaded[0].name == "step-7"
+    assert same(state, make_state(7))
+    manager.save(10, make_state(10), {})
+    assert manager.steps() == [10]
+
+
+def test_checkpoint_half_deleted_is_none_and_is_cleared_by_the_next_save(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def delete_half(path: Path) -> None:
+        (path / ".metadata").unlink()
+        raise OSError(5, "Input/output error")
+
+    manager = CheckpointManager(tmp_path, keep=1)
+    manager.save(1, make_state(1), {})
+    with monkeypatch.context() as patch:
+        patch.setattr("longer_rec.checkpoint.manager.shutil.rmtree", delete_half)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            manager.save(2, make_state(2), {})
+    assert (tmp_path / "step-1.tmp" / "manifest.json").exists()
+    assert manager.steps() == [2]
+    manager.save(3, make_state(3), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-3"]
+
+
+def test_staging_memory_is_used_again() -> None:
+    staging = Staging()
+    first = staging.copy(flatten(make_state(1)))
+    second = staging.copy(flatten(make_state(2)))
+    assert [value.data_ptr() for value in first.values()] == [value.data_ptr() for value in second.values()]
+    grown = staging.copy({**flatten(make_state(3)), "model/bias": torch.ones(9)})
+    assert torch.equal(grown["model/bias"], torch.ones(9))
+    assert torch.equal(grown["model/table"], make_state(3)["model"]["table"])
 
 
 class Exploit:
@@ -207,11 +263,57 @@ def test_inspect_lists_tensors_and_faults(saved: Path) -> None:
     assert summary.tensors["model/table"].dtype == "float32"
     assert summary.num_bytes > 200 * 9 * 4
     assert summary.faults == []
-    assert "model/table               float32 200 x 8" in summary_lines(summary)
-    assert 'fingerprint: "abc"' in summary_lines(summary)
+    assert "  model/table               200 x 8  float32" in summary_lines(summary, detail=True)
+    assert "  fingerprint  abc" in summary_lines(summary)
     damage(saved, "cut", random.Random(3))
     assert len(inspect_checkpoint(saved).faults) == 1
     assert any(line.startswith("damaged: ") for line in summary_lines(inspect_checkpoint(saved)))
+
+
+def ranker_like_state() -> dict[str, Any]:
+    tower = {f"tower.layers.{i}.{name}": torch.ones(4, 4) for i in range(30) for name in ("up", "down")}
+    model = {"sparse.ec.dim8.embeddings.item.weight": torch.ones(2000, 8),
+             "sparse.ebc.embedding_bags.city.weight": torch.ones(30, 8), **tower, "tower.head.bias": torch.ones(1)}
+    return {"model": model, "optimizer": {
+        "sparse.ec.dim8.embeddings.item.weight/item.momentum1": torch.ones(2000),
+        "sparse.ebc.embedding_bags.city.weight/city.momentum1": torch.ones(30),
+        **{f"{name}/{moment}": value for name, value in tower.items() for moment in ("exp_avg", "step")}}}
+
+
+def test_summary_reads_position_then_tables_then_parts_of_the_tower(tmp_path: Path) -> None:
+    path = CheckpointManager(tmp_path).save(974, ranker_like_state(), {
+        "world_size": 2, "samples": 31168, "name": "LONGER", "data_fingerprint": "d7dacfda7d12" + 52 * "7",
+        "more": [1], "elapsed_s": 133.977283})
+    summary = inspect_checkpoint(path)
+    assert summary_lines(summary) == [
+        f"step 974: 185 tensors, {summary.num_bytes / 1e6:.1f} MB",
+        "  name              LONGER",
+        "  samples           31,168",
+        "  world_size        2",
+        "  data_fingerprint  d7dacfda7d12...",
+        "  elapsed_s         133.977",
+        "  more              [1]",
+        "2 tables",
+        "  city  30 x 8  float32, momentum1 30",
+        "  item  2,000 x 8  float32, momentum1 2,000",
+        "61 other parameters",
+        "  tower.head    1 tensors, 1 values",
+        "  tower.layers  60 tensors, 960 values, exp_avg, step"]
+    assert len(summary_lines(summary, detail=True)) == 7 + 185
+
+
+def test_differences_of_a_parameter_and_its_optimizer_share_a_line_and_many_are_counted(tmp_path: Path) -> None:
+    a = CheckpointManager(tmp_path / "a").save(1, ranker_like_state(), {})
+    other = ranker_like_state()
+    for value in leaves(other):
+        value.add_(1)
+    difference = diff_checkpoints(a, CheckpointManager(tmp_path / "b").save(1, other, {}))
+    lines = difference_lines(difference)
+    assert lines[0] == ("model/sparse.ebc.embedding_bags.city.weight: values, 240 of 240 values, by 1 at most; "
+                        "also its momentum1")
+    assert lines[3].endswith("; also its exp_avg, step")
+    assert lines[20:] == ["and 43 more parameters"]
+    assert len(difference_lines(difference, detail=True)) == 185
 
 
 def test_diff_tells_what_differs_and_how(tmp_path: Path) -> None:
@@ -229,6 +331,7 @@ def test_diff_tells_what_differs_and_how(tmp_path: Path) -> None:
     assert difference.extra == {"num_workers": (4, 2)}
     assert "num_workers: 4 and 2" in difference_lines(difference)
     assert "model/table: values, 1 of 1600 values, by 0.5 at most" in difference_lines(difference)
+    assert "model/bias: shape, (5,) and (6,); also its step" in difference_lines(difference)
     same_as_b = diff_checkpoints(b, b)
     assert same_as_b.tensors == []  # NaN equals itself
     assert difference_lines(same_as_b) == []
