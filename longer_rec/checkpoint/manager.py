@@ -121,19 +121,21 @@ class CheckpointManager:
         """Steps with a committed checkpoint, ascending."""
         return sorted(self._committed())
 
-    def _committed(self) -> dict[int, Path]:
-        """Checkpoints by step. One that is being replaced counts until its successor is there."""
-        found: dict[int, Path] = {}
-        paths = self._directory.iterdir() if self._directory.is_dir() else ()
-        for path in sorted(paths, key=lambda path: path.suffix == _REPLACED, reverse=True):
-            match = _STEP.fullmatch(path.name.removesuffix(_REPLACED))
-            if match and (path / MANIFEST).is_file():
-                found[int(match[1])] = path
-        return found
-
     def latest(self) -> Path | None:
         """The newest committed checkpoint, not yet verified."""
         return max(self._committed().items(), default=(0, None))[1]
+
+    def _committed(self) -> dict[int, Path]:
+        return {step: path for step, path in self._directories().items() if (path / MANIFEST).is_file()}
+
+    def _directories(self) -> dict[int, Path]:
+        """By step; one that is being replaced counts until its successor is there."""
+        found: dict[int, Path] = {}
+        paths = self._directory.iterdir() if self._directory.is_dir() else ()
+        for path in sorted(paths, key=lambda path: path.suffix == _REPLACED, reverse=True):
+            if match := _STEP.fullmatch(path.name.removesuffix(_REPLACED)):
+                found[int(match[1])] = path
+        return found
 
     def load(self, path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         """Verify a checkpoint, fill ``state`` in place, return its ``extra``.
@@ -154,9 +156,10 @@ class CheckpointManager:
         A damaged one is reported and passed over for the one before. A whole one of another model is refused: that
         is a mistake and not an accident.
         """
-        committed = _gather(self._committed())[0]
+        # Also those without a manifest: they had one when they got their name.
+        directories = _gather(self._directories())[0]
         faults: dict[int, str] = {}
-        for step, path in sorted(committed.items(), reverse=True):
+        for step, path in sorted(directories.items(), reverse=True):
             try:
                 self._verify(path)
             except CheckpointError as error:
@@ -182,12 +185,18 @@ class CheckpointManager:
     def _write(self, step: int, tensors: Mapping[str, Tensor], entries: Mapping[str, TensorEntry],
                extra: dict[str, Any]) -> None:
         temporary = self._directory / f"step-{step}.tmp"
-        _on_rank_0(self._clear_temporary, temporary, group=self._group)
-        write_tensors(temporary, tensors, self._group)
-        files = _everywhere(_hash_own, temporary, group=self._group)
-        gathered = _union(_gather(entries, self._group))
-        manifest = Manifest(step=step, files=_union(files), tensors=gathered, extra=extra)
-        _on_rank_0(self._commit, temporary, manifest, group=self._group)
+        try:
+            _on_rank_0(self._clear_temporary, temporary, group=self._group)
+            write_tensors(temporary, tensors, self._group)
+            files = _everywhere(_hash_own, temporary, group=self._group)
+            gathered = _union(_gather(entries, self._group))
+            manifest = Manifest(step=step, files=_union(files), tensors=gathered, extra=extra)
+            _on_rank_0(self._commit, temporary, manifest, group=self._group)
+        except CheckpointError:
+            # No rank is writing any more. A full disk is not left fuller than it was.
+            if _rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
     def _clear_temporary(self, temporary: Path) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)

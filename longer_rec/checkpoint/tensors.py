@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorBase
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from longer_rec.checkpoint.manifest import TensorEntry
 from longer_rec.errors import CheckpointError
@@ -77,6 +80,18 @@ class _TensorReader(dcp.FileSystemReader):
         return metadata
 
 
+class _TensorWriter(dcp.FileSystemWriter):
+    """DCP's writer, with the true cause of a fault: on a full disk torch closes its archive and complains of that."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
 class Staging:
     """Memory on the CPU for one copy of a state, kept from save to save: fresh pages cost more than the copy."""
 
@@ -107,7 +122,7 @@ class Staging:
 
 def write_tensors(directory: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Each rank writes and fsyncs its shards; a collective call. ``CheckpointError`` on every rank if one fails."""
-    writer = dcp.FileSystemWriter(directory, single_file_per_rank=True, sync_files=True)
+    writer = _TensorWriter(directory, single_file_per_rank=True, sync_files=True)
     try:
         dcp.save(dict(state), storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
     except CheckpointException as error:

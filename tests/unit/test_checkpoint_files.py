@@ -162,10 +162,17 @@ def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_none(saved: Path, tm
 
 def test_uncommitted_directories_are_not_checkpoints(saved: Path) -> None:
     saved.rename(saved.with_name("step-9.tmp"))
-    (saved.parent / "step-8").mkdir()
     manager = CheckpointManager(saved.parent)
+    assert manager.load_latest(make_state()) is None
+    (saved.parent / "step-8").mkdir()
     assert manager.steps() == []
     assert manager.latest() is None
+
+
+def test_checkpoint_that_lost_its_manifest_does_not_make_a_run_start_afresh(saved: Path) -> None:
+    (saved / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints .* is whole: .*step-7/manifest\.json"):
+        CheckpointManager(saved.parent).load_latest(make_state())
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -207,9 +214,10 @@ def test_damaged_newer_checkpoint_pushes_out_no_whole_one(tmp_path: Path) -> Non
 
 def test_checkpoint_half_deleted_is_none_and_is_cleared_by_the_next_save(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def delete_half(path: Path) -> None:
-        (path / ".metadata").unlink()
-        raise OSError(5, "Input/output error")
+    def delete_half(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            (path / ".metadata").unlink()
+            raise OSError(5, "Input/output error")
 
     manager = CheckpointManager(tmp_path, keep=1)
     manager.save(1, make_state(1), {})
