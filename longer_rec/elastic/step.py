@@ -1,21 +1,32 @@
 """The joint between one sparse lookup and the towers of many logical workers.
 
 TorchRec's fused optimizer updates a table inside backward, so a backward per worker would update it several times a
-step. The lookup is therefore cut off from the towers: each worker gets leaves that hold its slice, and when all
-workers are done their gradients go back through the lookup together.
+step. The lookup is therefore cut off from the towers: each worker gets leaves that are its slice, and when all workers
+are done their gradients go back through the lookup together. A worker's embeddings are read for the last time in its
+own backward, so its gradients take their place: of all workers' embeddings and gradients there is one copy.
 """
 
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from longer_rec.batch import RequestBatch
 
-Lookup = Mapping[str, Tensor]
+Rows = dict[str, Tensor]
 
 
-def split_lookup(lookup: Lookup, batches: Sequence[RequestBatch]) -> list[dict[str, Tensor]]:
+def cut_lookup(lookup: Rows) -> tuple[Rows, dict[str, GradientEdge]]:
+    """The looked-up rows cut off from the tables, in the lookup's own memory, and the way back to the tables.
+
+    Contiguous: pooled features are columns of one tensor, and a reduction's order of additions follows the strides.
+    """
+    return ({key: value.detach().contiguous() for key, value in lookup.items()},
+            {key: get_gradient_edge(value) for key, value in lookup.items()})
+
+
+def split_rows(rows: Rows, batches: Sequence[RequestBatch]) -> list[Rows]:
     """Each worker's slice of the concatenated lookup, as leaves that collect gradients.
 
     Keys are ``history.<feature>`` (T x E), ``candidates.<feature>`` (C x E) and ``users.<feature>`` (B x E).
@@ -25,19 +36,28 @@ def split_lookup(lookup: Lookup, batches: Sequence[RequestBatch]) -> list[dict[s
         "candidates": [batch.num_candidates for batch in batches],
         "users": [batch.num_requests for batch in batches],
     }
-    # Contiguous: pooled features are columns of one tensor, and a reduction's order of additions follows the strides.
-    slices = {key: value.detach().contiguous().split(sizes[key.partition(".")[0]]) for key, value in lookup.items()}
+    slices = {key: value.split(sizes[key.partition(".")[0]]) for key, value in rows.items()}
     return [{key: parts[worker].requires_grad_() for key, parts in slices.items()} for worker in range(len(batches))]
 
 
-def take_leaf_gradients(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a worker's backward left in its leaves; zeros where the tower did not look."""
-    return {key: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for key, leaf in leaves.items()}
+@torch.no_grad()
+def keep_gradients(leaves: Rows) -> Tensor:
+    """Overwrite a worker's embeddings with what its backward left (zeros where the tower did not look).
+
+    Returns the sum of the gradients' squares, a scalar.
+    """
+    squares = []
+    for leaf in leaves.values():
+        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        squares.append(gradient.square().sum())
+        leaf.grad = None
+        leaf.copy_(gradient)
+    return torch.stack(squares).sum()
 
 
-def backward_through_lookup(lookup: Lookup, gradients: Sequence[Mapping[str, Tensor]]) -> None:
+def backward_through_lookup(edges: Mapping[str, GradientEdge], gradients: Rows) -> None:
     """One backward through the lookup with all own workers' gradients in logical order: one fused update a step."""
-    torch.autograd.backward(list(lookup.values()), [torch.cat([own[key] for own in gradients]) for key in lookup])
+    torch.autograd.backward(list(edges.values()), [gradients[key] for key in edges])
 
 
 def flatten_gradients(parameters: Sequence[nn.Parameter], extra: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from longer_rec.batch import RequestBatch, concat_batches
 from longer_rec.data.loader import TrainLoader
-from longer_rec.elastic.step import split_lookup
+from longer_rec.elastic.step import cut_lookup, split_rows
 from longer_rec.train.trainer import Trainer
 
 _SHOWN = 5
@@ -21,9 +21,9 @@ def replay_step(trainer: Trainer) -> list[str]:
     loader = TrainLoader(trainer.dataset, trainer.job.data, seed=trainer.job.seed, num_workers=trainer.num_workers,
                          workers=trainer.workers, start_step=trainer.step, num_steps=1)
     batches = [batch.to(trainer.world.device) for batch in loader.make_step(trainer.step)]
-    lookup = trainer.parallel.ranker.lookup(concat_batches(batches))
+    rows, _ = cut_lookup(trainer.parallel.ranker.lookup(concat_batches(batches)))
     lines = _parameters_not_finite(trainer.parallel.optimizer.tower)
-    for worker, batch, leaves in zip(trainer.workers, batches, split_lookup(lookup, batches), strict=True):
+    for worker, batch, leaves in zip(trainer.workers, batches, split_rows(rows, batches), strict=True):
         lines += [f"worker {worker}: {line}" for line in _replay_worker(trainer, worker, batch, leaves)]
     return lines
 

@@ -16,9 +16,10 @@ from longer_rec.elastic.assignment import owned_workers
 from longer_rec.elastic.reduce import SubtreeStack, tree_all_reduce
 from longer_rec.elastic.step import (
     backward_through_lookup,
+    cut_lookup,
     flatten_gradients,
-    split_lookup,
-    take_leaf_gradients,
+    keep_gradients,
+    split_rows,
     unflatten_gradients,
 )
 from longer_rec.errors import CheckpointError, DataError, Preempted
@@ -93,17 +94,14 @@ class Trainer:
                                               self.job.schedule.final_factor))
         optimizer.zero_grad()
         with self.clock.part("time_lookup_s"):
-            lookup = ranker.lookup(concat_batches(batches))
-        tree, sparse_gradients = SubtreeStack(), []
+            rows, tables = cut_lookup(ranker.lookup(concat_batches(batches)))
+        tree = SubtreeStack()
         with self.clock.part("time_tower_s"):
-            for worker, batch, leaves in zip(self.workers, batches, split_lookup(lookup, batches), strict=True):
+            for worker, batch, leaves in zip(self.workers, batches, split_rows(rows, batches), strict=True):
                 _, loss = self.worker_backward(worker, batch, leaves)
-                gradients = take_leaf_gradients(leaves)
-                sparse_norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum()
                 # What all ranks must agree on travels behind the gradients.
-                scalars = [loss, sparse_norm, loss.new_tensor(self.stop.received is not None)]
+                scalars = [loss, keep_gradients(leaves), loss.new_tensor(self.stop.received is not None)]
                 tree.push(worker, flatten_gradients(tower_parameters, scalars))
-                sparse_gradients.append(gradients)
         with self.clock.part("time_reduce_s"):
             total = tree_all_reduce(tree, self.num_workers)
             loss, sparse_norm, num_stopping = unflatten_gradients(total, tower_parameters)
@@ -112,7 +110,7 @@ class Trainer:
             result = StepResult(*torch.stack([loss, grad_norm, sparse_norm.sqrt(), num_stopping]).tolist())
         if result.finite:
             with self.clock.part("time_sparse_s"):
-                backward_through_lookup(lookup, sparse_gradients)
+                backward_through_lookup(tables, rows)
             with self.clock.part("time_dense_s"):
                 total.mul_(min(1.0, self.job.train.clip_norm / (result.grad_norm + 1e-6)))
                 optimizer.step()

@@ -1,0 +1,157 @@
+"""What logical workers cost: a step beside a plain data-parallel step, eight workers on one process, and memory.
+
+    longer-rec prepare completejourney --out data/completejourney
+    python benchmarks/bench_elastic.py configs/first.yaml
+
+Steps of the two sides alternate in blocks on the same batches, so that both see the same machine; figures are medians
+of the blocks' ratios.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from longer_rec.batch import RequestBatch
+from longer_rec.config import load_config
+from longer_rec.data.history import Dataset, open_dataset
+from longer_rec.data.loader import TrainLoader
+from longer_rec.runtime.determinism import make_deterministic
+from longer_rec.runtime.distributed import World, joined_world
+from longer_rec.runtime.logging import quiet_libraries
+from longer_rec.runtime.memory import keep_freed_memory
+from longer_rec.train.job import Job
+from longer_rec.train.parallelize import parallelize
+from longer_rec.train.trainer import Trainer
+from tests.reference.ranks import run_ranks
+
+_BLOCK_STEPS = 5
+
+
+def build(config: Path, world: World, dataset: Dataset, num_workers: int) -> Trainer:
+    job = load_config(Job, config, ["run_dir=unused", "data.loader_processes=0"])
+    return Trainer(job, dataset, world, parallelize(job, dataset, world), num_workers)
+
+
+def prepare(config: Path) -> Dataset:
+    quiet_libraries()
+    keep_freed_memory()
+    make_deterministic()
+    return open_dataset(load_config(Job, config, ["run_dir=unused"]).data.dir, verify=False)
+
+
+def make_steps(trainer: Trainer, count: int) -> list[list[RequestBatch]]:
+    loader = TrainLoader(trainer.dataset, trainer.job.data, seed=0, num_workers=trainer.num_workers,
+                         workers=trainer.workers, start_step=0, num_steps=count)
+    return [loader.make_step(step) for step in range(count)]
+
+
+def plain_step(trainer: Trainer, batch: RequestBatch) -> None:
+    """One graph from the tables to the loss, one backward, one all-reduce of the flat dense gradient, AdamW."""
+    parallel = trainer.parallel
+    parallel.optimizer.set_lr_factor(1.0)
+    parallel.optimizer.zero_grad()
+    logit_CY = parallel.ranker(batch)
+    (binary_cross_entropy_with_logits(logit_CY, batch.label_CY) / trainer.world.size).backward()
+    gradients = [p.grad for p in parallel.tower_parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat.mul_(min(1.0, trainer.job.train.clip_norm / (flat.norm().item() + 1e-6)))
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+    parallel.optimizer.step()
+
+
+def interleave(sides: dict[str, Callable[[int], None]], blocks: int) -> dict[str, list[float]]:
+    """Seconds a call of each side, block by block, the first block being warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for block in range(blocks + 1):
+        for name, call in sides.items():
+            dist.barrier()
+            start = time.perf_counter()
+            for index in range(_BLOCK_STEPS):
+                call(block * _BLOCK_STEPS + index)
+            dist.barrier()
+            if block:
+                seconds[name].append((time.perf_counter() - start) / _BLOCK_STEPS)
+    return seconds
+
+
+def against_plain(rank: int, size: int, config: Path, blocks: int) -> dict[str, list[float]]:
+    dataset = prepare(config)
+    with joined_world() as world:
+        trainer = build(config, world, dataset, num_workers=size)
+        steps = make_steps(trainer, _BLOCK_STEPS * (blocks + 1))
+        return interleave({"plain": lambda i: plain_step(trainer, steps[i][0]),
+                           "logical": lambda i: trainer.train_step(steps[i]) and None}, blocks)
+
+
+def eight_on_one(rank: int, size: int, config: Path, blocks: int) -> dict[str, list[float]]:
+    dataset = prepare(config)
+    with joined_world() as world:
+        one, eight = build(config, world, dataset, 1), build(config, world, dataset, 8)
+        steps = make_steps(eight, _BLOCK_STEPS * (blocks + 1))
+
+        def one_by_one(index: int) -> None:
+            for batch in steps[index]:
+                one.train_step([batch])
+
+        return interleave({"8 x one worker": one_by_one, "eight workers": lambda i: eight.train_step(steps[i]) and None},
+                          blocks)
+
+
+def peak_memory(rank: int, size: int, config: Path, num_workers: int) -> dict[str, float]:
+    """MiB above the built model, at the peak of a few steps, and what the lookup and its gradients account for."""
+    dataset = prepare(config)
+    with joined_world() as world:
+        trainer = build(config, world, dataset, num_workers)
+        steps = make_steps(trainer, 4)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        for batches in steps:
+            trainer.train_step(batches)
+        lookup = trainer.parallel.ranker.lookup(steps[-1][0])
+        looked_up = sum(value.numel() * value.element_size() for value in lookup.values())
+        return {"peak": _status("VmHWM") - before, "looked up a worker": looked_up / 2**20}
+
+
+def _status(key: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def report(title: str, seconds: dict[str, list[float]]) -> None:
+    (base_name, base), (name, own) = seconds.items()
+    ratios = [b / a for a, b in zip(base, own, strict=True)]
+    print(f"| {title} | {base_name} | {statistics.median(base) * 1e3:.0f} | {name} | "
+          f"{statistics.median(own) * 1e3:.0f} | {statistics.median(ratios):.3f} | {min(ratios):.3f} to "
+          f"{max(ratios):.3f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--blocks", type=int, default=12)
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    print("| measurement | base | ms | ours | ms | ratio, median of blocks | range |\n|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory():
+        report("a step, 2 ranks", run_ranks(against_plain, 2, arguments.config, arguments.blocks, timeout_s=900)[0])
+        report("8 workers on one process",
+               run_ranks(eight_on_one, 1, arguments.config, arguments.blocks // 3, timeout_s=900)[0])
+    print("\n| workers on one process | peak MiB above the model | looked up, MiB a worker |\n|---|---|---|")
+    for num_workers in (1, 2, 4, 8, 16):
+        found: dict[str, Any] = run_ranks(peak_memory, 1, arguments.config, num_workers, timeout_s=300)[0]
+        print(f"| {num_workers} | {found['peak']:.0f} | {found['looked up a worker']:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
