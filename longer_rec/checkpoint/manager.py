@@ -192,11 +192,11 @@ class CheckpointManager:
             gathered = _union(_gather(entries, self._group))
             manifest = Manifest(step=step, files=_union(files), tensors=gathered, extra=extra)
             _on_rank_0(self._commit, temporary, manifest, group=self._group)
-        except CheckpointError:
+        except CheckpointError as error:
             # No rank is writing any more. A full disk is not left fuller than it was.
             if _rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            raise CheckpointError(f"saving step {step}: {error}") from None
 
     def _clear_temporary(self, temporary: Path) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -205,14 +205,14 @@ class CheckpointManager:
 
     def _commit(self, temporary: Path, manifest: Manifest) -> None:
         write_manifest(temporary, manifest)
-        final = temporary.with_suffix("")
+        final, pointer = temporary.with_suffix(""), self._directory / f"{LATEST}.tmp"
+        # Written before the commit: a disk that is full now fails the save, and not a save that stands.
+        write_durably(pointer, f"{final.name}\n")
         if final.exists():
             # Saved again, as after falling back to an older step; a checkpoint until the new one stands.
             final.rename(final.with_suffix(_REPLACED))
         temporary.rename(final)
         fsync_directory(self._directory)
-        pointer = self._directory / f"{LATEST}.tmp"
-        write_durably(pointer, f"{final.name}\n")
         pointer.rename(self._directory / LATEST)
         self._retire(manifest.step)
         fsync_directory(self._directory)
