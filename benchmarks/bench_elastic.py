@@ -24,11 +24,11 @@ from longer_rec.batch import RequestBatch
 from longer_rec.config import load_config
 from longer_rec.data.history import Dataset, open_dataset
 from longer_rec.data.loader import TrainLoader
+from longer_rec.job import Job
 from longer_rec.runtime.determinism import make_deterministic
 from longer_rec.runtime.distributed import World, joined_world
 from longer_rec.runtime.logging import quiet_libraries
 from longer_rec.runtime.memory import keep_freed_memory
-from longer_rec.train.job import Job
 from longer_rec.train.parallelize import parallelize
 from longer_rec.train.trainer import Trainer
 from tests.reference.ranks import run_ranks
@@ -104,8 +104,8 @@ def eight_on_one(rank: int, size: int, config: Path, blocks: int) -> dict[str, l
             for batch in steps[index]:
                 one.train_step([batch])
 
-        return interleave({"8 x one worker": one_by_one, "eight workers": lambda i: eight.train_step(steps[i]) and None},
-                          blocks)
+        return interleave({"8 x one worker": one_by_one,
+                           "eight workers": lambda i: eight.train_step(steps[i]) and None}, blocks)
 
 
 def peak_memory(rank: int, size: int, config: Path, num_workers: int) -> dict[str, float]:

@@ -20,8 +20,8 @@ from longer_rec.config import load_config
 from longer_rec.data.history import Dataset, open_dataset
 from longer_rec.data.loader import EvalLoader
 from longer_rec.data.prepare import prepare
+from longer_rec.job import Job
 from longer_rec.runtime.distributed import joined_world
-from longer_rec.train.job import Job
 from longer_rec.train.run import load_run, train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "synthetic_debug.yaml"

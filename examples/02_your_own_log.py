@@ -16,7 +16,7 @@ from longer_rec.config import load_config
 from longer_rec.data.history import Dataset, open_dataset
 from longer_rec.data.loader import DataConfig, TrainLoader
 from longer_rec.data.prepare import prepare
-from longer_rec.train.job import Job
+from longer_rec.job import Job
 from longer_rec.train.run import train
 
 DESCRIPTION = """

@@ -35,7 +35,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: 
     """Train a ranker; under torchrun on many ranks. Resumes by itself from its run directory."""
     from longer_rec.config import load_config
     from longer_rec.report.terminal import results_table
-    from longer_rec.train.job import Job
+    from longer_rec.job import Job
     from longer_rec.train.run import train as run
 
     job = load_config(Job, config, overrides or ())

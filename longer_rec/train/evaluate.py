@@ -11,11 +11,12 @@ from longer_rec.data.batches import make_batch
 from longer_rec.data.history import Dataset
 from longer_rec.data.loader import DataConfig, EvalLoader
 from longer_rec.errors import Preempted
+from longer_rec.job import Precision
 from longer_rec.ranker import Ranker
 from longer_rec.runtime.distributed import World
 from longer_rec.runtime.preemption import StopSignal
 from longer_rec.train.metrics import evaluate_scores
-from longer_rec.train.precision import Precision, precision_context
+from longer_rec.train.precision import precision_context
 
 FloatArray = npt.NDArray[np.float64]
 

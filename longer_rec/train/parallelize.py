@@ -11,20 +11,14 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from longer_rec.checkpoint.manager import CheckpointManager
 from longer_rec.data.history import Dataset
 from longer_rec.errors import ConfigError
-from longer_rec.model.inputs import InputWidths
-from longer_rec.model.tower import build_tower
+from longer_rec.job import Job, build_ranker, ids_per_request
 from longer_rec.ranker import Ranker
-from longer_rec.runtime.determinism import derive_seed
 from longer_rec.runtime.distributed import World, on_main
-from longer_rec.schema import Schema
 from longer_rec.sparse.init import initialize_tables
 from longer_rec.sparse.optimizers import RankerOptimizer
 from longer_rec.sparse.planfile import SparsePlan
 from longer_rec.sparse.planner import build_plan
 from longer_rec.sparse.sharding import shard_ranker
-from longer_rec.sparse.tables import build_tables, widths
-from longer_rec.train.job import Job
-from longer_rec.train.recompute import apply_recompute
 
 
 @dataclass(frozen=True)
@@ -82,37 +76,7 @@ def check_job(job: Job, dataset: Dataset, world: World) -> None:
         raise ConfigError(f"{job.name}: {error}") from None
 
 
-def build_ranker(job: Job, schema: Schema, device: torch.device) -> Ranker:
-    """The unsharded ranker: its tables on the meta device, its tower drawn from the job's seed."""
-    tables = build_tables(schema, job.sparse, device="meta")
-    torch.manual_seed(derive_seed(job.seed, "tower"))
-    tower = build_tower(job.model, input_widths(schema, job), len(schema.tasks), job.data.max_events).to(device)
-    apply_recompute(tower, job.train.recompute)
-    return Ranker(schema, tables, tower)
-
-
 def plan_tables(ranker: Ranker, job: Job, dataset: Dataset, world: World) -> SparsePlan:
     """Where each table goes; a function of the job, the data's counts and the world."""
     return build_plan(ranker, job.sparse, world, job.data.batch_requests,
                       ids_per_request(dataset, job.data.max_events), strict=job.elastic.is_strict)
-
-
-def ids_per_request(dataset: Dataset, max_events: int) -> dict[str, float]:
-    """Mean number of ids a request looks up, by key, from the data's own counts: what the planner weighs tables by."""
-    summary = dataset.summary
-    candidates = sum(summary["candidates"].values()) / max(1, sum(summary["requests"].values()))
-    history = min(max_events, summary["history_length"]["mean"])
-    return {**{f"history.{feature.name}": history for feature in dataset.schema.history_features},
-            **{f"candidates.{feature.name}": candidates for feature in dataset.schema.item_features}}
-
-
-def input_widths(schema: Schema, job: Job) -> InputWidths:
-    """What the tower must know of the tables."""
-    width = widths(schema, job.sparse)
-    return InputWidths(
-        item={feature.name: width[f"candidates.{feature.name}"] for feature in schema.item_features},
-        event={feature.name: width[f"history.{feature.name}"] for feature in schema.event_features},
-        user={feature.name: width[f"users.{feature.name}"] for feature in schema.user_features},
-        num_dense=len(schema.user_dense),
-        num_item_dense=len(schema.item_dense),
-    )

@@ -1,11 +1,10 @@
 """Mixed precision of the tower's matmuls."""
 
 from contextlib import AbstractContextManager
-from typing import Literal
 
 import torch
 
-Precision = Literal["fp32", "bf16"]
+from longer_rec.job import Precision
 
 
 def precision_context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

@@ -12,6 +12,7 @@ from longer_rec.data.history import Dataset, open_dataset
 from longer_rec.data.partition import SPLITS
 from longer_rec.elastic.assignment import resolve_num_workers
 from longer_rec.errors import CheckpointError, DataError
+from longer_rec.job import Job, baseline_jobs
 from longer_rec.report.html import write_report
 from longer_rec.report.terminal import plan_table
 from longer_rec.runtime.determinism import make_deterministic
@@ -20,7 +21,6 @@ from longer_rec.runtime.logging import quiet_libraries
 from longer_rec.runtime.memory import keep_freed_memory
 from longer_rec.runtime.preemption import StopSignal
 from longer_rec.sparse.planfile import save_plan
-from longer_rec.train.job import Job, baseline_jobs
 from longer_rec.train.log import RunLog
 from longer_rec.train.parallelize import check_job, parallelize
 from longer_rec.train.replay import replay_step

@@ -13,7 +13,7 @@ from longer_rec.config import dump_config, load_config
 from longer_rec.data.history import Dataset
 from longer_rec.errors import CheckpointError
 from longer_rec.runtime.machine import machine_facts
-from longer_rec.train.job import Job, changed_keys
+from longer_rec.job import Job, changed_keys
 
 _PACKAGES = ("torch", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchrec", "polars", "pyarrow")
 

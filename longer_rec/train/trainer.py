@@ -23,6 +23,7 @@ from longer_rec.elastic.step import (
     unflatten_gradients,
 )
 from longer_rec.errors import CheckpointError, DataError, Preempted
+from longer_rec.job import Job
 from longer_rec.report.terminal import TrainProgress
 from longer_rec.runtime.determinism import derive_seed
 from longer_rec.runtime.distributed import World
@@ -32,7 +33,6 @@ from longer_rec.runtime.profiling import StepClock
 from longer_rec.sparse.optimizers import warmup_cosine
 from longer_rec.train.digests import StateDigests, combined_digest
 from longer_rec.train.evaluate import evaluate
-from longer_rec.train.job import Job
 from longer_rec.train.log import RunLog
 from longer_rec.train.parallelize import ParallelRanker
 from longer_rec.train.precision import precision_context

@@ -17,8 +17,8 @@ from longer_rec.data.history import open_dataset
 from longer_rec.data.loader import TrainLoader
 from longer_rec.data.prepare import prepare
 from longer_rec.errors import Preempted
+from longer_rec.job import Job
 from longer_rec.train.digests import first_difference
-from longer_rec.train.job import Job
 from longer_rec.train.run import train
 from longer_rec.train.trainer import StepResult, Trainer
 from tests.integration.conftest import CONFIG, metric_lines

@@ -10,7 +10,7 @@ import pytest
 
 from longer_rec.config import load_config
 from longer_rec.data.prepare import prepare
-from longer_rec.train.job import Job
+from longer_rec.job import Job
 from longer_rec.train.run import train
 from tests.reference.commands import CommandServer, command_server
 from tests.reference.ranks import run_ranks

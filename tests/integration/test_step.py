@@ -17,11 +17,11 @@ from longer_rec.config import load_config
 from longer_rec.data.history import open_dataset
 from longer_rec.data.loader import TrainLoader
 from longer_rec.errors import DataError
+from longer_rec.job import Job
 from longer_rec.ranker import Ranker
 from longer_rec.runtime.distributed import joined_world
 from longer_rec.sparse.optimizers import warmup_cosine
 from longer_rec.sparse.tables import build_tables
-from longer_rec.train.job import Job
 from longer_rec.train.parallelize import parallelize
 from longer_rec.train.replay import replay_step
 from longer_rec.train.trainer import Trainer

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from longer_rec.config import load_config
-from longer_rec.train.job import Job, baseline_jobs
+from longer_rec.job import Job, baseline_jobs
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

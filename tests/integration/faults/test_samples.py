@@ -11,7 +11,7 @@ from longer_rec.batch import RequestBatch
 from longer_rec.config import load_config
 from longer_rec.data.history import open_dataset
 from longer_rec.errors import Preempted
-from longer_rec.train.job import Job
+from longer_rec.job import Job
 from longer_rec.train.run import train
 from longer_rec.train.trainer import StepResult, Trainer
 from tests.integration.conftest import CONFIG

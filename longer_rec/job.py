@@ -1,17 +1,25 @@
-"""The root configuration: every part's own config joined into one run."""
+"""The root configuration: every part's own config joined into one run, and the ranker it describes."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import pydantic
+import torch
 
 from longer_rec.config import Config, apply_overrides, build_config
+from longer_rec.data.history import Dataset
 from longer_rec.data.loader import DataConfig
 from longer_rec.elastic.assignment import ElasticConfig
-from longer_rec.model.tower import AnyTowerConfig
+from longer_rec.model.inputs import InputWidths
+from longer_rec.model.recompute import apply_recompute
+from longer_rec.model.tower import AnyTowerConfig, build_tower
+from longer_rec.ranker import Ranker
+from longer_rec.runtime.determinism import derive_seed
+from longer_rec.schema import Schema
 from longer_rec.sparse.optimizers import DenseOptimizerConfig
-from longer_rec.sparse.tables import SparseConfig
-from longer_rec.train.precision import Precision
+from longer_rec.sparse.tables import SparseConfig, build_tables, widths
+
+Precision = Literal["fp32", "bf16"]
 
 # Keys that may differ when a run directory is resumed: they move or watch the run, they do not change the model.
 _FREE_KEYS = frozenset((
@@ -97,3 +105,33 @@ def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if key not in _FREE_KEYS:
             flat |= _flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
     return flat
+
+
+def build_ranker(job: Job, schema: Schema, device: torch.device) -> Ranker:
+    """The unsharded ranker: its tables on the meta device, its tower drawn from the job's seed."""
+    tables = build_tables(schema, job.sparse, device="meta")
+    torch.manual_seed(derive_seed(job.seed, "tower"))
+    tower = build_tower(job.model, input_widths(schema, job), len(schema.tasks), job.data.max_events).to(device)
+    apply_recompute(tower, job.train.recompute)
+    return Ranker(schema, tables, tower)
+
+
+def ids_per_request(dataset: Dataset, max_events: int) -> dict[str, float]:
+    """Mean number of ids a request looks up, by key, from the data's own counts: what the planner weighs tables by."""
+    summary = dataset.summary
+    candidates = sum(summary["candidates"].values()) / max(1, sum(summary["requests"].values()))
+    history = min(max_events, summary["history_length"]["mean"])
+    return {**{f"history.{feature.name}": history for feature in dataset.schema.history_features},
+            **{f"candidates.{feature.name}": candidates for feature in dataset.schema.item_features}}
+
+
+def input_widths(schema: Schema, job: Job) -> InputWidths:
+    """What the tower must know of the tables."""
+    width = widths(schema, job.sparse)
+    return InputWidths(
+        item={feature.name: width[f"candidates.{feature.name}"] for feature in schema.item_features},
+        event={feature.name: width[f"history.{feature.name}"] for feature in schema.event_features},
+        user={feature.name: width[f"users.{feature.name}"] for feature in schema.user_features},
+        num_dense=len(schema.user_dense),
+        num_item_dense=len(schema.item_dense),
+    )
