@@ -69,9 +69,9 @@ class _Saving(threading.Thread):
 class CheckpointManager:
     """The checkpoints of one run, in ``directory``: the newest ``keep`` (None: all) and multiples of ``keep_every``.
 
-    ``save_async``, ``wait``, ``save``, ``load`` and ``load_latest`` are collective calls (of this process alone when
-    there is no process group): they succeed on every rank or raise ``CheckpointError`` on every rank. A lost peer is
-    gloo's RuntimeError, after ``timeout_s`` at most while saving.
+    Saving, waiting and loading are collective calls (of this process alone when there is no process group): they
+    succeed on every rank or raise ``CheckpointError`` on every rank. A lost peer is gloo's RuntimeError, after
+    ``timeout_s`` at most while saving.
     """
 
     def __init__(self, directory: Path, keep: int | None = None, keep_every: int | None = None,
@@ -97,18 +97,24 @@ class CheckpointManager:
     def save_async(self, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Copy ``state`` as it is now and return; a thread writes and commits the copy while training goes on.
 
-        Waits for the save before, and raises its fault. The first call makes the group of the saving threads and their
-        memory (one copy of this rank's tensors, kept).
+        Waits for the save before, and raises its fault.
         """
-        self.wait()
         frozen: dict[str, Any] = json.loads(json.dumps(dict(extra)))
-        tensors = flatten(state)
-        entries, staged = describe(tensors), self._staging.copy(tensors)
+        entries, staged = describe(flatten(state)), self.prepare(state)
+        self._saving = _Saving(step, lambda: self._write(step, staged, entries, frozen))
+        self._saving.start()
+
+    def prepare(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Copy ``state`` to memory of our own, and make the group of the saving threads; both are kept.
+
+        Called before a run's first step, it takes from the first save the seconds of touching new memory, and lets a
+        machine that has too little of it say so at once.
+        """
+        self.wait()  # for what the memory holds now
         if self._group is None and dist.is_initialized():
             # Its own group: on a shared one, its messages and those of the training step would meet.
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
-        self._saving = _Saving(step, lambda: self._write(step, staged, entries, frozen))
-        self._saving.start()
+        return self._staging.copy(flatten(state))
 
     def wait(self) -> None:
         """Return once the save under way is committed, or raise what went wrong with it; nothing when there is none."""

@@ -38,6 +38,7 @@ def hold_writing() -> threading.Event:
 def save_both_ways(rank: int, world_size: int, directory: Path, plan: object, optimizer_name: str) -> bool:
     model, optimizer = build(rank, world_size, plan, optimizer_name)
     background = CheckpointManager(directory / "background")
+    background.prepare(state(model, optimizer))
     for steps in (range(2), range(2, 5)):  # the second time into the memory of the first
         train(model, optimizer, steps, rank)
         CheckpointManager(directory / "at_once").save(steps.stop, state(model, optimizer), {"step": steps.stop})
