@@ -20,10 +20,10 @@ SHIPPED := data/completejourney
 DATA    := $(if $(shell grep -l '$(SHIPPED)' $(CONFIG) 2>/dev/null),$(SHIPPED)/manifest.json)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv data train test lint doctor clean
+.PHONY: help venv data train test test-faults lint doctor clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "  CONFIG=$(CONFIG) RUN=$(RUN) NPROC=$(NPROC) DEVICE=$(DEVICE) TORCHREC=$(TORCHREC)"
 	@echo "  ARGS='key.sub=value …' is appended to the training command."
@@ -49,6 +49,9 @@ train: $(STAMP) $(DATA) ## train CONFIG on NPROC ranks into runs/RUN, evaluate, 
 
 test: lint ## lint, then every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-faults: $(STAMP) ## every fault test at its full count; writes benchmarks/results/reliability_*.md
+	OMP_NUM_THREADS=1 LONGER_REC_FAULTS=full $(BIN)/python -m pytest tests/integration/faults --timeout 3600 $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .
