@@ -3,11 +3,14 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from longer_rec.errors import CheckpointError, LongerRecError
+
+if TYPE_CHECKING:
+    from longer_rec.job import Job
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
                   help="Train and serve rankers over ultra-long user histories.")
@@ -32,13 +35,38 @@ def prepare(
 
 @app.command()
 def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: Overrides = None) -> None:
-    """Train a ranker; under torchrun on many ranks. Resumes by itself from its run directory."""
+    """Train a ranker on this process, or as one rank under torchrun. Resumes by itself from its run directory."""
+    _train(_load_job(config, overrides))
+
+
+@app.command()
+def launch(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(help="ranks, all on this host; on GPUs one for each")] = 2,
+    max_restarts: Annotated[int, typer.Option(help="how often to start again after a rank is lost")] = 3,
+) -> None:
+    """Train on many ranks of this host; starts again by itself when a rank dies or stops."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from longer_rec.runtime.supervisor import supervise
+
+    job = _load_job(config, overrides)
+    import longer_rec.train.run  # noqa: F401 - once, here: the ranks and all that follow them are forked
+
+    raise typer.Exit(supervise(lambda: _train(job), nproc, max_restarts))
+
+
+def _load_job(config: Path, overrides: list[str] | None) -> "Job":
     from longer_rec.config import load_config
-    from longer_rec.report.terminal import results_table
     from longer_rec.job import Job
+
+    return load_config(Job, config, overrides or ())
+
+
+def _train(job: "Job") -> None:
+    from longer_rec.report.terminal import results_table
     from longer_rec.train.run import train as run
 
-    job = load_config(Job, config, overrides or ())
     rows = run(job)
     if rows is not None:
         results_table(rows)
@@ -106,6 +134,11 @@ def report(run_dir: Path) -> None:
 
 
 def main() -> None:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Before the imports: an agent that is killed meanwhile would leave its ranks to train on their own.
+        from longer_rec.runtime.supervisor import die_with_parent
+
+        die_with_parent()
     try:
         # Not standalone: typer would print a usage error as a box of many lines.
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="longer-rec", standalone_mode=False) or 0)

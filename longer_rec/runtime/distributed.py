@@ -10,7 +10,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from longer_rec.errors import ConfigError, LongerRecError
+from longer_rec.errors import ConfigError, LongerRecError, RankLost
+from longer_rec.runtime.roll_call import RollCall
+from longer_rec.runtime.supervisor import die_with_parent
 
 ResultT = TypeVar("ResultT")
 
@@ -32,27 +34,98 @@ class World:
 
 @contextmanager
 def joined_world(timeout_s: float = 120.0) -> Iterator[World]:
-    """Join the processes that torchrun started, or be the only one; leave the group at the end.
+    """Join the processes that `longer-rec launch` or torchrun started, or be the only one; leave the group at the end.
 
     A group that the caller has joined already is used and left open. Every process group gets ``timeout_s``: gloo's own
-    default of 30 minutes turns a dead rank into a hang.
+    default of 30 minutes turns a dead rank into a hang. An operation of the group that fails, here or in the body,
+    raises ``RankLost``, which names the ranks that do not answer.
     """
     rank, size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     local_rank, local_size = _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", 1)
-    use_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        torch.cuda.set_device(device)
+    device = _own_device(local_rank)
     if dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
         return
-    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    dist.init_process_group("cuda:nccl,cpu:gloo" if use_cuda else "gloo", rank=rank, world_size=size,
-                            timeout=datetime.timedelta(seconds=timeout_s), store=store)
+    if dist.is_torchelastic_launched():
+        die_with_parent()  # a killed agent would leave its ranks training
+    roll_call = None
     try:
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store = _rendezvous(size, timeout)
+        roll_call = RollCall(store, rank, size) if size > 1 else None
+        dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", rank=rank, world_size=size,
+                                timeout=timeout, store=store)
         yield World(rank, size, local_rank, local_size, device)
-    finally:
+    except BaseException as error:  # also torch's CheckpointException, which is no Exception
+        if _is_from_group(error):
+            # The group stays as it is: to leave it NCCL may wait for the lost rank, and this process ends anyway.
+            raise _rank_lost(roll_call, size, timeout_s, error) from error
+        _leave(roll_call)
+        raise
+    _leave(roll_call)
+
+
+def _leave(roll_call: RollCall | None) -> None:
+    if roll_call is not None:
+        roll_call.leave()
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _own_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"local rank {local_rank} has no GPU, {torch.cuda.device_count()} are visible; start at most "
+                          "as many ranks a host as it has GPUs, or hide them with CUDA_VISIBLE_DEVICES=''")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _rendezvous(size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Where the ranks find each other: a file of the supervisor, else what MASTER_ADDR says, else nobody to find."""
+    store: dist.Store
+    if path := os.environ.get("LONGER_REC_RENDEZVOUS"):
+        store = dist.FileStore(path, size)
+    elif "MASTER_ADDR" in os.environ:
+        store = next(dist.rendezvous("env://", timeout=timeout))[0]
+    elif size == 1:
+        store = dist.HashStore()
+    else:
+        raise ConfigError(f"WORLD_SIZE={size} without MASTER_ADDR; start ranks with `longer-rec launch` or torchrun")
+    store.set_timeout(timeout)
+    return store
+
+
+def _is_from_group(error: BaseException | None) -> bool:
+    """Whether an operation of the group failed, or did before this happened.
+
+    gloo raises plain RuntimeErrors, which its callers may wrap; nearly all begin with the path of a file of gloo.
+    """
+    while error is not None:
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error) or "caused pair closure" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _rank_lost(roll_call: RollCall | None, size: int, timeout_s: float, error: BaseException) -> RankLost:
+    again = "start again to continue from the last checkpoint"
+    heard = roll_call.ask() if roll_call is not None else {0: ""}
+    if heard is None:
+        return RankLost(f"rank 0 of {size}, which holds the rendezvous, does not answer: ended, stopped or out of "
+                        f"reach; {again}")
+    missing = [str(rank) for rank in range(size) if rank not in heard]
+    if missing:
+        return RankLost(f"{'ranks' if missing[1:] else 'rank'} {', '.join(missing)} of {size} "
+                        f"{'do' if missing[1:] else 'does'} not answer: ended, stopped or out of reach; {again}")
+    late = [f"rank {rank} is in {position}" for rank, position in sorted(heard.items()) if position]
+    if late:
+        return RankLost(f"all {size} ranks answer, but not all came to an operation: {'; '.join(late)}; raise "
+                        f"train.timeout_s={timeout_s:g} if that may take so long, and {again}")
+    return RankLost(f"all {size} ranks answer, but their connections broke ({' '.join(str(error).split())[:200]}); "
+                    f"{again}")
 
 
 def _environment(name: str, default: int) -> int:
@@ -60,7 +133,8 @@ def _environment(name: str, default: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ConfigError(f"environment variable {name}={text!r} is not a number; start ranks with torchrun") from None
+        raise ConfigError(f"environment variable {name}={text!r} is not a number; start ranks with "
+                          "`longer-rec launch` or torchrun") from None
 
 
 def is_main_process() -> bool:

@@ -1,45 +1,86 @@
 """The directory of a run: what is in it, and whether it may be continued."""
 
+import contextlib
 import datetime
+import fcntl
 import importlib.metadata
 import json
+import os
 import shutil
+import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import longer_rec
 from longer_rec.config import dump_config, load_config
 from longer_rec.data.history import Dataset
 from longer_rec.errors import CheckpointError
-from longer_rec.runtime.machine import machine_facts
 from longer_rec.job import Job, changed_keys
+from longer_rec.runtime.machine import machine_facts
 
+_LOCK = "lock"
+_locks: list[TextIO] = []
 _PACKAGES = ("torch", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchrec", "polars", "pyarrow")
 
 
 def open_run_dir(job: Job, dataset: Dataset, num_workers: int) -> None:
-    """Create the run directory, or check that the one there belongs to this job and this data.
+    """Create the run directory, or check that the one there belongs to this job and this data; it is ours from then on.
 
     Writes ``config.yaml`` (resolved) and ``run.json`` (versions, machine, commit, data). Raises ``CheckpointError``
-    for a directory of another configuration, data set or number of logical workers; nothing in it is touched then.
+    for a directory that another process is training in, or that is of another configuration, data set or number of
+    logical workers; nothing in it is touched then.
     """
     directory = job.run_dir
-    if (directory / "config.yaml").exists():
-        _check_same_run(job, dataset, num_workers)
-        return
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise CheckpointError(f"{directory} exists, is not empty and is no run directory; choose another run_dir")
     is_new = not directory.exists()
+    if not is_new and not (directory / "config.yaml").exists():
+        _check_empty(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / "run.json", json.dumps(_describe_run(dataset, num_workers), indent=2))
-        write_atomically(directory / "config.yaml", dump_config(job))
+        with _locked(directory) as lock:
+            if (directory / "config.yaml").exists():
+                _check_same_run(job, dataset, num_workers)
+            else:
+                write_atomically(directory / "run.json", json.dumps(_describe_run(dataset, num_workers), indent=2))
+                write_atomically(directory / "config.yaml", dump_config(job))
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
+            lock.flush()
     except OSError as error:
         if is_new:
             shutil.rmtree(directory, ignore_errors=True)
         raise CheckpointError(f"cannot write run_dir={directory}: {error.strerror}; check space and permissions or "
                               "choose another run_dir") from None
+
+
+def _check_empty(directory: Path) -> None:
+    """Empty, or what a start that was killed here had come to."""
+    begun = {_LOCK, "run.json", "run.json.tmp", "config.yaml.tmp"}
+    if not directory.is_dir() or {path.name for path in directory.iterdir()} - begun:
+        raise CheckpointError(f"{directory} exists, is not empty and is no run directory; choose another run_dir")
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[TextIO]:
+    """The lock file of a run directory, ours until this process ends however it ends, unless the body raises.
+
+    A record lock, which belongs to the process alone: one of flock would live on in data-loading processes that
+    survive a killed trainer. Closing any descriptor of the file would release it.
+    """
+    file = (directory / _LOCK).open("a+", encoding="utf-8")
+    try:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise CheckpointError(f"{directory} is in use by {holder}; wait for it or choose another run_dir") from None
+        yield file
+    except BaseException:
+        file.close()
+        raise
+    _locks.append(file)
 
 
 def _check_same_run(job: Job, dataset: Dataset, num_workers: int) -> None:
@@ -79,10 +120,14 @@ def _describe_run(dataset: Dataset, num_workers: int) -> dict[str, Any]:
         "versions": {"longer_rec": longer_rec.__version__, **{name: _version(name) for name in _PACKAGES}},
         "machine": machine_facts(),
         "git_commit": _git_commit(),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "started": _now(),
         "num_workers": num_workers,
         "data": {**dataset.summary, "fingerprint": dataset.fingerprint},
     }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _version(package: str) -> str | None:

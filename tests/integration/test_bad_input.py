@@ -27,9 +27,9 @@ Contents = dict[str, bytes | None]
 
 
 def contents(directory: Path) -> Contents:
-    """Every file below a directory with its bytes, every folder with None."""
+    """Every file below a directory with its bytes, every folder with None; not who used a run directory last."""
     return {str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
-            for path in directory.rglob("*")}
+            for path in directory.rglob("*") if path.name != "lock"}
 
 
 def assert_one_line(outcome: Outcome, message: str) -> None:

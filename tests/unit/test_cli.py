@@ -24,7 +24,7 @@ for name in [None, *(command.name or command.callback.__name__ for command in ap
 heavy = [name for name in ("torch", "torchrec", "polars", "pyarrow", "matplotlib", "numpy") if name in sys.modules]
 print(json.dumps({"texts": texts, "heavy": heavy, "cpu_s": time.process_time()}))
 """
-COMMANDS = {"prepare", "train", "eval", "inspect", "diff", "doctor", "report"}
+COMMANDS = {"prepare", "train", "launch", "eval", "inspect", "diff", "doctor", "report"}
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,245 @@
+"""The ranks of one host, forked, watched and started again when one of them is lost.
+
+Knows nothing of what the ranks do. The parent never touches a GPU and stays in the main thread, so that forking it is
+safe and a restart costs no import.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from longer_rec.errors import ConfigError, LongerRecError, Preempted, RankLost
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGCHLD, signal.SIGINT, *_STOP_SIGNALS)
+_INTERRUPTED = 130
+_POLL_S = 0.5
+# After one rank has ended with a fault the others mostly have the same one to report.
+_SETTLE_S = 3.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class _Rank:
+    number: int
+    pid: int
+    code: int | None = None  # exit code, or minus the signal
+    stopped_at: float | None = None
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a rank says about its own end."""
+
+    fault: str
+    text: str
+
+
+def supervise(target: Callable[[], None], num_processes: int, max_restarts: int = 3, *,
+              stopped_grace_s: float = 5.0) -> int:
+    """Run ``target`` in ``num_processes`` forked ranks until all are done; the exit code of the whole.
+
+    A rank that dies, fails, or stays stopped (SIGSTOP) for ``stopped_grace_s`` is named on stderr; the others are
+    killed and all are started again, at most ``max_restarts`` times. Not started again: bad input (2), and ranks that
+    SIGTERM or SIGUSR1, which are passed on once, have told to stop (3). Faults that ranks raise are printed once.
+    Raises ``KeyboardInterrupt`` after Ctrl-C, when all ranks are gone.
+    """
+    if num_processes < 1 or max_restarts < 0:
+        raise ConfigError(f"{num_processes} ranks with {max_restarts} restarts cannot be started; use 1 rank or more "
+                          "and 0 restarts or more")
+    with _held_signals():
+        for attempt in range(max_restarts + 1):
+            with tempfile.TemporaryDirectory(prefix="longer_rec-") as folder:
+                code, loss = _Attempt(target, num_processes, attempt, Path(folder), stopped_grace_s).run()
+            if code is not None:
+                return code
+            if attempt < max_restarts:
+                _say(f"{loss}; starting again ({attempt + 1} of {max_restarts})")
+        _say(f"{loss}, and no restart is left of {max_restarts}; start again to continue from the last checkpoint")
+    return RankLost.exit_code
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel send SIGTERM to this process when its parent (``parent``, if known) dies or has died."""
+    parent = os.getppid() if parent is None else parent
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _held_signals() -> Iterator[None]:
+    """Signals wait until they are asked for: no handler, and no moment in which one is missed."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        while signal.sigtimedwait(_SIGNALS, 0):
+            pass
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Attempt:
+    """One start of all ranks; ``folder`` is their rendezvous and takes their reports."""
+
+    def __init__(self, target: Callable[[], None], size: int, attempt: int, folder: Path,
+                 stopped_grace_s: float) -> None:
+        self._folder, self._size, self._stopped_grace_s = folder, size, stopped_grace_s
+        self._told: signal.Signals | None = None
+        self._loss: str | None = None
+        self._seen = False  # the loss was seen from here: nobody else has to tell
+        self._kill_at = float("inf")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._ranks = [_Rank(number, _fork(target, number, size, attempt, folder)) for number in range(size)]
+
+    def run(self) -> tuple[int | None, str]:
+        """(exit code, ""), or (None, who was lost) when starting again may help."""
+        while running := [rank for rank in self._ranks if rank.code is None]:
+            taken = signal.sigtimedwait(_SIGNALS, _POLL_S)
+            if taken is not None and taken.si_signo == signal.SIGINT:
+                self._kill(running)
+                raise KeyboardInterrupt
+            if taken is not None and taken.si_signo in _STOP_SIGNALS and self._told is None:
+                self._told = signal.Signals(taken.si_signo)
+                for rank in running:
+                    os.kill(rank.pid, self._told)
+            for rank in running:
+                self._follow(rank)
+            if time.monotonic() >= self._kill_at:
+                self._kill([rank for rank in running if rank.code is None])
+        return self._conclude()
+
+    def _follow(self, rank: _Rank) -> None:
+        """Take note of what has happened to a rank, and decide whether the others go on."""
+        flags = os.WNOHANG | os.WUNTRACED | os.WCONTINUED
+        while rank.code is None and (status := os.waitpid(rank.pid, flags))[0]:
+            if os.WIFSTOPPED(status[1]):
+                rank.stopped_at = time.monotonic()
+            elif os.WIFCONTINUED(status[1]):
+                rank.stopped_at = None
+            else:
+                self._end(rank, os.waitstatus_to_exitcode(status[1]))
+        if rank.stopped_at is not None and time.monotonic() - rank.stopped_at > self._stopped_grace_s:
+            self._lose(f"rank {rank.number} of {self._size} was stopped and did not continue within "
+                       f"{self._stopped_grace_s:g} s", seen=True)
+
+    def _end(self, rank: _Rank, code: int) -> None:
+        rank.code, rank.stopped_at = code, None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)  # what it has left behind, such as processes that load data
+        if code < 0 and -code != self._told:
+            self._lose(f"rank {rank.number} of {self._size} was killed by {signal.Signals(-code).name}", seen=True)
+        elif code > 0 and code != Preempted.exit_code:
+            self._lose(f"rank {rank.number} of {self._size} ended with exit code {code}", seen=False)
+
+    def _lose(self, loss: str, seen: bool) -> None:
+        """The others cannot go on without it; a checkpoint is whole or absent, so nothing speaks for a slow end."""
+        if self._loss is None:
+            self._loss, self._seen = loss, seen
+            self._kill_at = time.monotonic() + (0.0 if seen else _SETTLE_S)
+
+    def _kill(self, ranks: list[_Rank]) -> None:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank.pid, signal.SIGKILL)
+        for rank in ranks:
+            self._end(rank, os.waitstatus_to_exitcode(os.waitpid(rank.pid, 0)[1]))
+
+    def _conclude(self) -> tuple[int | None, str]:
+        codes = {rank.code for rank in self._ranks}
+        self._print_reports()
+        if _INTERRUPTED in codes:
+            raise KeyboardInterrupt
+        if LongerRecError.exit_code in codes:
+            return LongerRecError.exit_code, ""
+        if Preempted.exit_code in codes:
+            return Preempted.exit_code, ""
+        if self._told is not None and -self._told in codes:
+            _say(f"{self._told.name} came before there was anything to save; start again to continue")
+            return Preempted.exit_code, ""
+        if self._loss is None:
+            return 0, ""
+        if self._told is not None:
+            _say(f"{self._loss} after {self._told.name}; start again to continue from the last checkpoint")
+            return RankLost.exit_code, ""
+        return None, self._loss
+
+    def _print_reports(self) -> None:
+        """Each distinct fault once. Who only missed another rank has nothing to add when that one is known."""
+        reports = {rank.number: _read_report(self._folder, rank.number) for rank in self._ranks}
+        told = {number: report for number, report in reports.items() if report is not None}
+        first_hand = {number: report for number, report in told.items() if report.fault != RankLost.__name__}
+        ranks_of: dict[str, list[int]] = {}
+        for number, report in (first_hand or ({} if self._seen else told)).items():
+            ranks_of.setdefault(report.text, []).append(number)
+        for text, numbers in ranks_of.items():
+            whose = "" if len(numbers) == self._size else f"rank {', '.join(map(str, numbers))}: "
+            _say(f"{whose}{text}")
+
+
+def _fork(target: Callable[[], None], number: int, size: int, attempt: int, folder: Path) -> int:
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        # A session of its own: a signal to its group reaches what it has started, and none comes from a terminal.
+        os.setsid()
+        os.environ.update(
+            RANK=str(number), WORLD_SIZE=str(size), LOCAL_RANK=str(number), LOCAL_WORLD_SIZE=str(size),
+            LONGER_REC_RENDEZVOUS=str(folder / "rendezvous"), LONGER_REC_ATTEMPT=str(attempt))
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        die_with_parent(parent)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        code = _run(target, lambda report: _write_report(folder, number, report, parent))
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _run(target: Callable[[], None], report: Callable[[_Report], None]) -> int:
+    """The exit code of ``target``, whose fault is reported."""
+    try:
+        target()
+        return 0
+    except LongerRecError as error:
+        report(_Report(type(error).__name__, str(error)))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BaseException as error:  # also torch's CheckpointException, which is no Exception
+        report(_Report(type(error).__name__, traceback.format_exc()))
+        return 1
+
+
+def _write_report(folder: Path, number: int, report: _Report, parent: int) -> None:
+    if os.getppid() != parent:
+        _say(f"rank {number}: {report.text}")
+        return
+    path = folder / f"report-{number}"
+    path.with_suffix(".tmp").write_text(json.dumps(vars(report)), encoding="utf-8")
+    path.with_suffix(".tmp").rename(path)
+
+
+def _read_report(folder: Path, number: int) -> _Report | None:
+    path = folder / f"report-{number}"
+    return _Report(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def _say(line: str) -> None:
+    print(f"longer-rec: {line}", file=sys.stderr, flush=True)
