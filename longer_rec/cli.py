@@ -89,23 +89,38 @@ def evaluate(
 
 
 @app.command()
-def inspect(checkpoint: Annotated[Path, typer.Argument(help="checkpoint directory, or a run directory")]) -> None:
-    """Tables, shapes, types and position of a checkpoint."""
+def replay(run_dir: Annotated[Path, typer.Argument(help="run directory")]) -> None:
+    """Run the step again at which a run was given up: what in it is not finite, and from where on."""
+    from longer_rec.train.run import replay_run
+
+    typer.echo("\n".join(replay_run(run_dir)))
+
+
+Detail = Annotated[bool, typer.Option("--detail", help="every tensor")]
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint directory, or a run directory")],
+    detail: Detail = False,
+) -> None:
+    """Position, tables and tower of a checkpoint, its files verified."""
     from longer_rec.checkpoint.inspect import find_checkpoint, inspect_checkpoint, summary_lines
 
     summary = inspect_checkpoint(find_checkpoint(checkpoint))
-    typer.echo("\n".join(summary_lines(summary)))
+    typer.echo("\n".join(summary_lines(summary, detail)))
     if summary.faults:
         raise CheckpointError(f"{'; '.join(summary.faults[:3])}; use another checkpoint")
 
 
 @app.command()
-def diff(first: Path, second: Path) -> None:
-    """What differs between two checkpoints; exit code 1 when a tensor does."""
+def diff(first: Path, second: Path, detail: Detail = False) -> None:
+    """What differs between two runs or checkpoints, and from which step on; exit code 1 when a tensor does."""
     from longer_rec.checkpoint.inspect import diff_checkpoints, difference_lines, find_checkpoint
+    from longer_rec.train.digests import digest_lines
 
     difference = diff_checkpoints(find_checkpoint(first), find_checkpoint(second))
-    for line in difference_lines(difference):
+    for line in (*digest_lines(first, second), *difference_lines(difference, detail)):
         typer.echo(line)
     if not difference.tensors:
         typer.echo("all tensors are bitwise equal")

@@ -13,6 +13,7 @@ from longer_rec.runtime.digest import local_digest
 from longer_rec.runtime.distributed import World
 
 DIGESTS = "digests.jsonl"
+_SHOWN = 5
 
 
 class StateDigests:
@@ -64,14 +65,33 @@ def first_difference(first: Path, second: Path) -> tuple[int, list[str]] | None:
 
     ``DataError`` when the two have no step in common.
     """
-    runs = [{line["step"]: line["digests"] for line in map(json.loads, (run / DIGESTS).read_text().splitlines())}
-            for run in (first, second)]
-    common = sorted(runs[0].keys() & runs[1].keys())
+    a, b = _read_digests(first), _read_digests(second)
+    common = sorted(a.keys() & b.keys())
     if not common:
         raise DataError(f"the digests of {first} and {second} have no step in common; set elastic.digest_every alike")
     for step in common:
-        a, b = runs[0][step], runs[1][step]
-        names = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+        names = sorted(name for name in a[step].keys() | b[step].keys() if a[step].get(name) != b[step].get(name))
         if names:
             return step, names
     return None
+
+
+def digest_lines(first: Path, second: Path) -> list[str]:
+    """Where two run directories part, for reading; nothing when one of them has no digests."""
+    if not all((run / DIGESTS).is_file() for run in (first, second)):
+        return []
+    found = first_difference(first, second)
+    if found is None:
+        return ["digests: equal at every step that both logged"]
+    step, names = found
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [f"digests: first different at step {step}, in {', '.join(names[:_SHOWN])}{more}"]
+
+
+def _read_digests(run: Path) -> dict[int, dict[str, str]]:
+    path = run / DIGESTS
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {line["step"]: line["digests"] for line in lines}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read: {error!r}; set elastic.digest_every to write it") from None
