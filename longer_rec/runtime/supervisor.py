@@ -8,14 +8,16 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from longer_rec.errors import ConfigError, LongerRecError, Preempted, RankLost
 
@@ -56,10 +58,12 @@ def supervise(target: Callable[[], None], num_processes: int, max_restarts: int 
     if num_processes < 1 or max_restarts < 0:
         raise ConfigError(f"{num_processes} ranks with {max_restarts} restarts cannot be started; use 1 rank or more "
                           "and 0 restarts or more")
-    with _held_signals():
+    with _Signals() as signals:
         for attempt in range(max_restarts + 1):
             with tempfile.TemporaryDirectory(prefix="longer_rec-") as folder:
-                code, loss = _Attempt(target, num_processes, attempt, Path(folder), stopped_grace_s).run()
+                ranks = [_Rank(number, _fork(target, number, num_processes, attempt, Path(folder), signals))
+                         for number in range(num_processes)]
+                code, loss = _Attempt(ranks, Path(folder), stopped_grace_s, signals).run()
             if code is not None:
                 return code
             if attempt < max_restarts:
@@ -76,41 +80,53 @@ def die_with_parent(parent: int | None = None) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def _held_signals() -> Iterator[None]:
-    """Signals wait until they are asked for: no handler, and no moment in which one is missed."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        while signal.sigtimedwait(_SIGNALS, 0):
-            pass
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+class _Signals:
+    """Signals are noted instead of acted on, whichever thread of the process the kernel hands them to."""
+
+    def __enter__(self) -> Self:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def wait(self, timeout_s: float) -> set[int]:
+        """The signals since the last call; returns at once when there are some."""
+        select.select([self._reader], [], [], timeout_s)
+        try:
+            return set(os.read(self._reader, 4096))  # Python writes the number of each as a byte
+        except BlockingIOError:
+            return set()
 
 
 class _Attempt:
     """One start of all ranks; ``folder`` is their rendezvous and takes their reports."""
 
-    def __init__(self, target: Callable[[], None], size: int, attempt: int, folder: Path,
-                 stopped_grace_s: float) -> None:
-        self._folder, self._size, self._stopped_grace_s = folder, size, stopped_grace_s
+    def __init__(self, ranks: list[_Rank], folder: Path, stopped_grace_s: float, signals: _Signals) -> None:
+        self._ranks, self._size, self._folder = ranks, len(ranks), folder
+        self._stopped_grace_s, self._signals = stopped_grace_s, signals
         self._told: signal.Signals | None = None
         self._loss: str | None = None
         self._seen = False  # the loss was seen from here: nobody else has to tell
         self._kill_at = float("inf")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self._ranks = [_Rank(number, _fork(target, number, size, attempt, folder)) for number in range(size)]
 
     def run(self) -> tuple[int | None, str]:
         """(exit code, ""), or (None, who was lost) when starting again may help."""
         while running := [rank for rank in self._ranks if rank.code is None]:
-            taken = signal.sigtimedwait(_SIGNALS, _POLL_S)
-            if taken is not None and taken.si_signo == signal.SIGINT:
+            noted = self._signals.wait(_POLL_S)
+            if signal.SIGINT in noted:
                 self._kill(running)
                 raise KeyboardInterrupt
-            if taken is not None and taken.si_signo in _STOP_SIGNALS and self._told is None:
-                self._told = signal.Signals(taken.si_signo)
+            if self._told is None and (stops := noted.intersection(_STOP_SIGNALS)):
+                self._told = signal.Signals(stops.pop())
                 for rank in running:
                     os.kill(rank.pid, self._told)
             for rank in running:
@@ -187,22 +203,27 @@ class _Attempt:
             _say(f"{whose}{text}")
 
 
-def _fork(target: Callable[[], None], number: int, size: int, attempt: int, folder: Path) -> int:
+def _fork(target: Callable[[], None], number: int, size: int, attempt: int, folder: Path, signals: _Signals) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
     parent = os.getpid()
-    pid = os.fork()
-    if pid:
+    # A signal to a rank that still has the parent's handlers would be lost.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    if pid := os.fork():
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return pid
     code = 1
     try:
+        signals.__exit__()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # A session of its own: a signal to its group reaches what it has started, and none comes from a terminal.
         os.setsid()
+        die_with_parent(parent)
         os.environ.update(
             RANK=str(number), WORLD_SIZE=str(size), LOCAL_RANK=str(number), LOCAL_WORLD_SIZE=str(size),
             LONGER_REC_RENDEZVOUS=str(folder / "rendezvous"), LONGER_REC_ATTEMPT=str(attempt))
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        die_with_parent(parent)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         code = _run(target, lambda report: _write_report(folder, number, report, parent))
         sys.stdout.flush()
     except BaseException:
