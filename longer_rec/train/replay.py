@@ -16,13 +16,13 @@ _SHOWN = 5
 def replay_step(trainer: Trainer) -> list[str]:
     """Forward and backward of the trainer's own workers at its step, nothing updated; a line for each finding.
 
-    In the order of the computation: table rows, tower weights, logits (by request), loss, gradients.
+    In the order of the computation: weights, table rows, logits (by request), loss, gradients.
     """
     loader = TrainLoader(trainer.dataset, trainer.job.data, seed=trainer.job.seed, num_workers=trainer.num_workers,
                          workers=trainer.workers, start_step=trainer.step, num_steps=1)
     batches = [batch.to(trainer.world.device) for batch in loader.make_step(trainer.step)]
     rows, _ = cut_lookup(trainer.parallel.ranker.lookup(concat_batches(batches)))
-    lines = _parameters_not_finite(trainer.parallel.optimizer.tower)
+    lines = _weights(trainer.parallel.optimizer.tower)
     for worker, batch, leaves in zip(trainer.workers, batches, split_rows(rows, batches), strict=True):
         lines += [f"worker {worker}: {line}" for line in _replay_worker(trainer, worker, batch, leaves)]
     return lines
@@ -37,17 +37,24 @@ def _replay_worker(trainer: Trainer, worker: int, batch: RequestBatch, leaves: M
         lines.append(f"logits of {int(bad_C.sum())} of {len(bad_C)} candidates; requests (rows of the index) "
                      f"{_some(request_C[bad_C])}")
     lines.append(f"loss {loss.item() * trainer.num_workers}")
-    for name, parameter in trainer.parallel.optimizer.tower.items():
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
-            lines.append(f"gradient of {name}: {int((~torch.isfinite(parameter.grad)).sum())} of "
-                         f"{parameter.grad.numel()} values")
+    tower = trainer.parallel.optimizer.tower
+    bad = [name for name, value in tower.items() if value.grad is not None and not bool(value.grad.isfinite().all())]
+    if bad:
+        more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        lines.append(f"gradients of {len(bad)} of {len(tower)} tensors of the tower: {', '.join(bad[:_SHOWN])}{more}")
+    for parameter in tower.values():
         parameter.grad = None
     return lines
 
 
-def _parameters_not_finite(parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    return [f"weight {name}: {int((~torch.isfinite(value)).sum())} of {value.numel()} values"
-            for name, value in parameters.items() if not bool(torch.isfinite(value).all())]
+def _weights(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """What is not finite; else the largest weight, for a tower about to overflow shows there."""
+    bad = [f"weight {name}: {int((~value.isfinite()).sum())} of {value.numel()} values"
+           for name, value in parameters.items() if not bool(value.isfinite().all())]
+    if bad or not parameters:
+        return bad
+    largest, name = max((value.detach().abs().max().item(), name) for name, value in parameters.items())
+    return [f"weights are finite, the largest is {largest:.3g} in {name}"]
 
 
 def _rows_not_finite(batch: RequestBatch, leaves: Mapping[str, Tensor]) -> list[str]:
