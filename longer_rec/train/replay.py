@@ -1,5 +1,6 @@
 """Running the step again that ended a run: where the first number that is not finite comes from."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -53,7 +54,7 @@ def _weights(parameters: Mapping[str, nn.Parameter]) -> list[str]:
            for name, value in parameters.items() if not bool(value.isfinite().all())]
     if bad or not parameters:
         return bad
-    largest, name = max((value.detach().abs().max().item(), name) for name, value in parameters.items())
+    largest, name = max((value.detach().norm(math.inf).item(), name) for name, value in parameters.items())
     return [f"weights are finite, the largest is {largest:.3g} in {name}"]
 
 
