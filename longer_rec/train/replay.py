@@ -1,6 +1,5 @@
 """Running the step again that ended a run: where the first number that is not finite comes from."""
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -54,7 +53,8 @@ def _weights(parameters: Mapping[str, nn.Parameter]) -> list[str]:
            for name, value in parameters.items() if not bool(value.isfinite().all())]
     if bad or not parameters:
         return bad
-    largest, name = max((value.detach().norm(math.inf).item(), name) for name, value in parameters.items())
+    largest, name = max((value.detach().abs().max().item(), name)
+                        for name, value in parameters.items() if value.numel())
     return [f"weights are finite, the largest is {largest:.3g} in {name}"]
 
 
