@@ -26,6 +26,7 @@ from torch.distributed._shard.sharded_tensor import init_from_local_shards
 from torch.distributed._shard.sharded_tensor.shard import Shard
 
 from longer_rec.checkpoint.manager import CheckpointManager
+from longer_rec.runtime.digest import local_digest
 
 TOWER = {f"block_{i}.{name}": (256, width) for i in range(8) for name, width in (("attention", 1024), ("ffn", 2048))}
 
@@ -56,12 +57,8 @@ class Step:
         self._tables = [shard.tensor for value in state["model"].values() if hasattr(value, "local_shards")
                         for shard in value.local_shards()]
         self._products = 10
-        self()
-        start = time.perf_counter()
-        for _ in range(3):
-            self()
-        # Rank 0's own count, on both: unequal work would be waiting for each other.
-        count = torch.tensor([self._products * step_s / ((time.perf_counter() - start) / 3)])
+        # Rank 0's own count, on all: unequal work would be waiting for each other.
+        count = torch.tensor([self._products * step_s / min(self() for _ in range(5))])
         dist.broadcast(count, src=0)
         self._products = max(1, int(count))
 
@@ -83,7 +80,8 @@ def measure(rank: int, arguments: argparse.Namespace, directory: Path) -> dict[s
     state = build_state(rank, arguments.ranks, arguments.table_mb)
     step = Step(state, arguments.step_s)
     times: dict[str, list[float]] = {name: [] for name in (
-        "undisturbed", "beside", "save", "save_async", "first", "first, prepared", "write")}
+        "undisturbed", "beside", "save", "save_async", "first", "first, prepared",
+        "digest", "write")}
     number = 0
 
     def held(call: Callable[..., object], name: str) -> None:
@@ -104,6 +102,7 @@ def measure(rank: int, arguments: argparse.Namespace, directory: Path) -> dict[s
         times["undisturbed"] += [step() for _ in range(arguments.steps)]
         held(manager.save, "save")
         times["undisturbed"] += [step() for _ in range(arguments.steps)]
+        held(digest, "digest")
         start = time.perf_counter()
         held(manager.save_async, "save_async")
         # Until the checkpoint stands on both ranks, so that both take the same number of steps.
@@ -112,6 +111,12 @@ def measure(rank: int, arguments: argparse.Namespace, directory: Path) -> dict[s
         times["write"].append(time.perf_counter() - start)
         manager.wait()
     return times
+
+
+def digest(number: int, state: dict[str, dict[str, Tensor]], extra: dict[str, int]) -> None:
+    for values in state.values():
+        for value in values.values():
+            local_digest(value)
 
 
 def everywhere(done: bool) -> bool:
@@ -155,9 +160,10 @@ def main() -> None:
     print(f"step {step * 1e3:.0f} ms ({len(times['undisturbed'])}); beside a save {beside * 1e3:.0f} ms "
           f"({len(times['beside'])}), {100 * (beside / step - 1):.0f} % longer")
     print("\n| call | held s, median | max | steps, median | max |\n|---|---|---|---|---|")
-    for name in ("save", "save_async", "first", "first, prepared"):
+    for name, call in (("save", "save"), ("save_async", "save_async"), ("first", "save_async, the first of a run"),
+                       ("first, prepared", "save_async, the first, after prepare"),
+                       ("digest", "the digest that the trainer puts into a checkpoint")):
         median, worst = statistics.median(times[name]), max(times[name])
-        call = name if name.startswith("save") else f"save_async, the {name}"
         print(f"| {call} | {median:.3f} | {worst:.3f} | {median / step:.2f} | {worst / step:.2f} |")
     print(f"\nfrom save_async to the commit: {statistics.median(times['write']):.2f} s")
 
