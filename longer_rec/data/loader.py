@@ -14,6 +14,7 @@ from longer_rec.data.history import Dataset
 from longer_rec.data.order import sample_positions, sample_rows
 from longer_rec.data.transport import PackedBatches, pack_batches, unpack_batches
 from longer_rec.errors import ConfigError, LongerRecError
+from longer_rec.runtime.preemption import leave_stopping_to_parent
 
 
 class DataConfig(Config):
@@ -122,6 +123,7 @@ def _background(make: Callable[[int], list[RequestBatch]], indices: Sequence[int
     loader = torch.utils.data.DataLoader(
         _Made(make), batch_size=None, sampler=indices, num_workers=config.loader_processes,
         multiprocessing_context="fork", prefetch_factor=max(config.prefetch_batches // config.loader_processes, 1),
+        worker_init_fn=lambda _: leave_stopping_to_parent(),
         generator=torch.Generator())  # its own: the trainer's random state must not depend on how data is loaded
     for packed in loader:
         if isinstance(packed, LongerRecError):

@@ -1,6 +1,8 @@
 """Being told to stop: SIGTERM or SIGUSR1 of a scheduler, a launcher or a person."""
 
+import os
 import signal
+import threading
 from types import FrameType
 from typing import Self
 
@@ -28,3 +30,19 @@ class StopSignal:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+
+
+def leave_stopping_to_parent() -> None:
+    """In a process that helps another one: a stop signal ends it only when that one sends it.
+
+    Launchers and schedulers signal the ranks and their helpers alike, and a rank whose data process has gone cannot
+    finish its step and save.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(_SIGNALS).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, name="stop signals", daemon=True).start()

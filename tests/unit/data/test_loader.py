@@ -1,5 +1,8 @@
 """The loader delivers a function of (seed, step, worker), whoever asks and from wherever."""
 
+import multiprocessing
+import os
+import signal
 from dataclasses import fields
 from pathlib import Path
 
@@ -117,6 +120,36 @@ def test_an_error_in_a_background_process_arrives_as_one_line(dataset: Dataset,
     monkeypatch.setattr(loader_module, "make_batch", fail)
     with pytest.raises(DataError, match=r"^request 3: spoiled; fetch it again$"):
         train(dataset, range(4), loader_processes=1)
+
+
+def test_a_stop_signal_to_all_processes_leaves_the_step_under_way_its_batches(dataset: Dataset) -> None:
+    """As a launcher and Slurm send it. Only the trainer's own ends a loading process."""
+    expected = train(dataset, range(2))
+    steps = iter(TrainLoader(dataset, config(dataset, loader_processes=2, prefetch_batches=2), seed=5, num_workers=4,
+                             workers=range(2), start_step=0, num_steps=6))
+    received = [next(steps)]
+    helpers = multiprocessing.active_children()
+    assert len(helpers) == 2
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        for helper in helpers:
+            if os.fork() == 0:  # a sender that is not the parent
+                os.kill(helper.pid or 0, number)
+                os._exit(0)
+            os.wait()
+    received += steps
+    for mine, others in zip(received, expected, strict=True):
+        for first, second in zip(mine, others, strict=True):
+            assert_same(first, second)
+
+
+def test_a_loading_process_ends_when_its_trainer_tells_it(dataset: Dataset) -> None:
+    steps = iter(TrainLoader(dataset, config(dataset, loader_processes=1), seed=5, num_workers=4, workers=range(2),
+                             start_step=0, num_steps=600))
+    next(steps)
+    helper, = multiprocessing.active_children()
+    helper.terminate()
+    helper.join(5)
+    assert helper.exitcode == 0
 
 
 def test_workers_outside_the_logical_ones_are_refused(dataset: Dataset) -> None:
