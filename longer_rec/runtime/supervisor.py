@@ -156,7 +156,10 @@ class _Attempt:
         if code < 0 and -code != self._told:
             self._lose(f"rank {rank.number} of {self._size} was killed by {signal.Signals(-code).name}", seen=True)
         elif code > 0 and code != Preempted.exit_code:
-            self._lose(f"rank {rank.number} of {self._size} ended with exit code {code}", seen=False)
+            self._lose(self._failure(rank.number), seen=False)
+
+    def _failure(self, number: int) -> str:
+        return f"rank {number} of {self._size} ended with exit code {self._ranks[number].code}"
 
     def _lose(self, loss: str, seen: bool) -> None:
         """The others cannot go on without it; a checkpoint is whole or absent, so nothing speaks for a slow end."""
@@ -173,7 +176,10 @@ class _Attempt:
 
     def _conclude(self) -> tuple[int | None, str]:
         codes = {rank.code for rank in self._ranks}
-        self._print_reports()
+        reports = self._reports()
+        self._print(reports)
+        if self._loss is not None and not self._seen and reports:
+            self._loss = self._failure(min(reports))
         if _INTERRUPTED in codes:
             raise KeyboardInterrupt
         if LongerRecError.exit_code in codes:
@@ -190,17 +196,20 @@ class _Attempt:
             return RankLost.exit_code, ""
         return None, self._loss
 
-    def _print_reports(self) -> None:
-        """Each distinct fault once. Who only missed another rank has nothing to add when that one is known."""
-        reports = {rank.number: _read_report(self._folder, rank.number) for rank in self._ranks}
-        told = {number: report for number, report in reports.items() if report is not None}
-        first_hand = {number: report for number, report in told.items() if report.fault != RankLost.__name__}
-        ranks_of: dict[str, list[int]] = {}
-        for number, report in (first_hand or ({} if self._seen else told)).items():
-            ranks_of.setdefault(report.text, []).append(number)
+    def _reports(self) -> dict[int, _Report]:
+        """By rank. Who only missed another rank has nothing to add when something is known about that one."""
+        read = {rank.number: _read_report(self._folder, rank.number) for rank in self._ranks}
+        reports = {number: report for number, report in read.items() if report is not None}
+        first_hand = {number: report for number, report in reports.items() if report.fault != RankLost.__name__}
+        return first_hand or ({} if self._seen else reports)
+
+    def _print(self, reports: dict[int, _Report]) -> None:
+        """Each distinct text once, with the ranks it is of unless all say the same."""
+        ranks_of: dict[str, list[str]] = {}
+        for number, report in reports.items():
+            ranks_of.setdefault(report.text, []).append(str(number))
         for text, numbers in ranks_of.items():
-            whose = "" if len(numbers) == self._size else f"rank {', '.join(map(str, numbers))}: "
-            _say(f"{whose}{text}")
+            _say(text if len(numbers) == self._size else f"rank {', '.join(numbers)}: {text}")
 
 
 def _fork(target: Callable[[], None], number: int, size: int, attempt: int, folder: Path, signals: _Signals) -> int:
