@@ -50,7 +50,7 @@ def plan_attention(query_length_B: Tensor, key_length_B: Tensor, num_heads: int,
     """Group requests so that padding costs less than the calls it saves."""
     query_lengths, key_lengths = query_length_B.tolist(), key_length_B.tolist()  # host sync on GPU
     device = query_length_B.device
-    members = _group_requests(query_lengths, key_lengths, num_heads)
+    members = group_requests(query_lengths, key_lengths, num_heads)
     groups = []
     for requests in members:
         lengths = [key_lengths[request] for request in requests]
@@ -66,7 +66,7 @@ def plan_attention(query_length_B: Tensor, key_length_B: Tensor, num_heads: int,
                          key_source.to(device), key_place.to(device), num_heads, causal)
 
 
-def _group_requests(query_lengths: Sequence[int], key_lengths: Sequence[int], num_heads: int) -> list[list[int]]:
+def group_requests(query_lengths: Sequence[int], key_lengths: Sequence[int], num_heads: int) -> list[list[int]]:
     """Greedy over requests sorted by work: the next one joins while that wastes less than a group costs."""
     work = [queries * keys * num_heads for queries, keys in zip(query_lengths, key_lengths, strict=True)]
     order = sorted((request for request, size in enumerate(work) if size), key=lambda request: -work[request])

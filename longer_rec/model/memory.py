@@ -1,0 +1,141 @@
+"""Bytes that the tower holds while it trains, by part: what autograd keeps between forward and backward.
+
+Counted tensor by tensor, from the lengths of a batch alone: ``model/flops.py`` counts the same computation's work. At
+the end of the forward pass of one logical worker everything counted here is alive, which is the peak of a step.
+"""
+
+from collections.abc import Collection, Sequence
+
+from longer_rec.model.attention_plan import group_requests
+from longer_rec.model.inputs import InputWidths
+from longer_rec.model.interaction import NUM_EXTREMES, num_statistics
+from longer_rec.model.longer import TowerConfig
+
+_INDEX = 8  # int64
+_FULL = 4  # the residual stream and what norms keep stay fp32 under autocast
+# Runs of equal values per event and match field, measured on completejourney (L = 1000).
+_RUNS_PER_EVENT = 0.5
+
+
+def tower_bytes(config: TowerConfig, widths: InputWidths, num_tasks: int, history_lengths: Sequence[int],
+                candidate_counts: Sequence[int], recompute: Collection[str] = (), value_bytes: int = 4
+                ) -> dict[str, int]:
+    """Activations of one batch by part of ``LongerTower.parts``, and the user's "state", which lives until scored.
+
+    ``value_bytes`` is the width of a matmul's operands (2 under bf16). A part that is recomputed keeps nothing, but the
+    largest such part is there once while it runs again: it is listed as "recomputed".
+    """
+    count = _Counter(config, widths, num_tasks, history_lengths, candidate_counts, value_bytes)
+    parts = count.parts()
+    kept = {name: size for name, size in parts.items() if name not in recompute}
+    again = max((size for name, size in parts.items() if name in recompute), default=0)
+    return {**kept, "recomputed": again, "state": count.state()}
+
+
+class _Counter:
+    """The sizes that all parts share."""
+
+    def __init__(self, config: TowerConfig, widths: InputWidths, num_tasks: int, history_lengths: Sequence[int],
+                 candidate_counts: Sequence[int], value_bytes: int) -> None:
+        self.config, self.widths, self.num_tasks, self.value = config, widths, num_tasks, value_bytes
+        self.B, self.T, self.C = len(history_lengths), sum(history_lengths), sum(candidate_counts)
+        self.candidates = [config.num_candidate_tokens * count for count in candidate_counts]
+        self.N = sum(self.candidates)
+        self.user_globals = int(config.user_token) + config.num_cls_tokens
+        self.merged = [-(-length // config.merge_size) for length in history_lengths]
+        self.item = sum(widths.item.values())
+        keys = [length + self.user_globals for length in self.merged]
+        # (keys, queries) of each layer's user side, by request.
+        self.layers: list[tuple[list[int], list[int]]] = []
+        for depth in range(1 + config.num_self_layers):
+            is_last = depth == config.num_self_layers
+            kept = 0 if is_last and config.pooling == "globals" else config.num_queries
+            queries = [min(length - self.user_globals, kept) + self.user_globals for length in keys]
+            self.layers.append((keys, queries))
+            keys = queries
+
+    def parts(self) -> dict[str, int]:
+        cross, *own = [self._user_layer(*layer) + self._candidate_layer(layer[0]) for layer in self.layers]
+        parts = {"input": self._input(), "merge": self._merge(), "cross": cross, "self": sum(own),
+                 "head": self._head()}
+        return {**parts, "interaction": self._interaction()} if self.config.interaction is not None else parts
+
+    def state(self) -> int:
+        """Keys and values of every layer, and the runs of matches."""
+        caches = sum(2 * self.value * sum(keys) * self.config.merged_width for keys, _ in self.layers)
+        interaction = self.config.interaction
+        if interaction is None:
+            return caches
+        num_decays, num_windows = len(interaction.decays), len(interaction.windows)
+        row = _INDEX + _FULL * (NUM_EXTREMES + 2 * num_decays + num_windows)
+        fields = len(interaction.fields or self.widths.item)
+        return caches + int(_RUNS_PER_EVENT * fields * self.T * row)
+
+    def _input(self) -> int:
+        config, widths = self.config, self.widths
+        event = self.item + sum(widths.event.values()) + config.age_width
+        hidden = 2 * config.projection_hidden
+        user = config.user_token * (sum(widths.user.values()) + widths.num_dense + 1)
+        values = self.T * (event + hidden) + self.C * (self.item + hidden) + self.B * user
+        return self.value * values + 2 * _INDEX * self.T
+
+    def _merge(self) -> int:
+        config, inner = self.config, self.config.inner_trans
+        index = _INDEX * self.T if config.merge_size > 1 else 0
+        if inner is None or config.merge_size == 1:
+            return index
+        K, D, slots = config.merge_size, config.width, sum(self.merged) * config.merge_size
+        weights = inner.num_heads * K * (_FULL + (self.value if self.value < _FULL else 0))
+        # Attention: normed, q, k, v, mixed; FFN: normed, before and after its activation; the stream at both norms.
+        layer = slots * ((6 + 2 * inner.ffn_multiple) * D * self.value + weights + _FULL * (2 * D + 4))
+        return index + inner.num_layers * layer + slots * D * self.value
+
+    def _user_layer(self, keys: Sequence[int], queries: Sequence[int]) -> int:
+        X, S, Q = self.config.merged_width, sum(keys), sum(queries)
+        size = S * (_FULL * (X + 2) + self.value * X)
+        if Q == 0:
+            return size
+        size += Q * (_INDEX + self.value * X) if Q < S else 0
+        return size + self._attention(queries, keys) + self._feed_forward(Q)
+
+    def _candidate_layer(self, keys: Sequence[int]) -> int:
+        config, N = self.config, self.N
+        X, G = config.merged_width, config.num_candidate_tokens
+        own_weights = self.C * config.heads * sum(own + 2 for own in range(G))
+        size = N * (_FULL * (X + 2) + 4 * X * self.value) + self.value * (own_weights + N * X)
+        return size + self._attention(self.candidates, keys) + self._feed_forward(N)
+
+    def _attention(self, queries: Sequence[int], keys: Sequence[int]) -> int:
+        """Padded copies of queries, keys and values, the weights, the packed output, and where each row lies."""
+        X, H = self.config.merged_width, self.config.heads
+        padded_queries = padded_keys = weights = 0
+        for requests in group_requests(list(queries), list(keys), H):
+            longest_query, longest_key = max(queries[one] for one in requests), max(keys[one] for one in requests)
+            padded_queries += len(requests) * longest_query
+            padded_keys += len(requests) * longest_key
+            weights += len(requests) * longest_query * longest_key * H
+        values = (padded_queries + 2 * padded_keys + sum(queries)) * X + weights
+        return self.value * values + _INDEX * H * (padded_queries + padded_keys + sum(queries) + sum(keys))
+
+    def _feed_forward(self, rows: int) -> int:
+        X = self.config.merged_width
+        return rows * (_FULL * (X + 2) + self.value * (1 + 2 * self.config.ffn_multiple) * X)
+
+    def _interaction(self) -> int:
+        interaction, widths = self.config.interaction, self.widths
+        assert interaction is not None
+        context = sum(widths.item[name] for name in interaction.context) + widths.num_item_dense
+        statistics = num_statistics(interaction, len(interaction.fields or widths.item)) + context
+        return self.value * self.C * (statistics + 2 * sum(interaction.hidden))
+
+    def _head(self) -> int:
+        config, widths, X = self.config, self.widths, self.config.merged_width
+        has_ids = config.head.id_scale > 0
+        candidate = config.num_candidate_tokens * X + has_ids * self.item + widths.num_item_dense
+        if config.interaction is not None and config.interaction.to_head:
+            candidate += config.interaction.hidden[-1]
+        user = (self.user_globals + (config.pooling == "globals+mean")) * X
+        user += has_ids * sum(widths.user.values()) + widths.num_dense
+        last = self.N + sum(self.layers[-1][1])
+        values = self.C * (candidate + 2 * sum(config.head.hidden) + self.num_tasks) + self.B * user
+        return self.value * values + last * _FULL * (X + 2) + _INDEX * self.C
