@@ -20,6 +20,7 @@ from longer_rec.report.numbers import (
     format_bytes,
     format_count,
     format_duration,
+    format_kernel,
     format_metric,
     format_ranks,
     is_number,
@@ -178,7 +179,7 @@ def plan(files: RunFiles) -> Section | None:
     return {
         "rows": [{"colour": min(number, len(charts.SERIES) - 1) + 1, "table": table["table"],
                   "rows": format_count(table["rows"]), "dim": table["dim"], "sharding": table["sharding_type"],
-                  "kernel": table.get("kernel", MISSING), "ranks": format_ranks(table["ranks"]),
+                  "kernel": format_kernel(table), "ranks": format_ranks(table["ranks"]),
                   "weights": format_bytes(table["weight_bytes"]), "optimizer": format_bytes(table["optimizer_bytes"])}
                  for number, table in enumerate(tables)],
         "total": format_bytes(sum(map(sum, held))), "num_ranks": num_ranks,

@@ -1,8 +1,8 @@
 """Numbers as people read them, the same in the terminal and in the report."""
 
 import math
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 MISSING: Final = "–"
 
@@ -58,6 +58,16 @@ def format_ranks(ranks: Iterable[int]) -> str:
     if len(held) > 2 and held == list(range(held[0], held[-1] + 1)):
         return f"{held[0]}–{held[-1]}"
     return ", ".join(map(str, held))
+
+
+def format_kernel(table: Mapping[str, Any]) -> str:
+    """A table's kernel and, of one behind a cache, the cached part of its rows and the hit rate to expect."""
+    text = str(table.get("kernel", MISSING))
+    if table.get("cache_load_factor") is not None:
+        text += f" {table['cache_load_factor']:.2%}"
+    if table.get("expected_hit_rate"):
+        text += f", hits {table['expected_hit_rate'][table['cache_policy']]:.0%}"
+    return text
 
 
 def format_clock(seconds: float) -> str:

@@ -17,6 +17,7 @@ from longer_rec.report.numbers import (
     format_clock,
     format_count,
     format_duration,
+    format_kernel,
     format_metric,
     format_ranks,
     is_number,
@@ -53,7 +54,7 @@ def plan_table(rows: Sequence[Row], console: Console | None = None) -> None:
                    numeric=("rows", "dim", "weights", "optimizer"))
     for row in rows:
         table.add_row(escape(row["table"]), format_count(row["rows"]), str(row["dim"]), row["sharding_type"],
-                      row["kernel"], format_ranks(row["ranks"]), format_bytes(row["weight_bytes"]),
+                      format_kernel(row), format_ranks(row["ranks"]), format_bytes(row["weight_bytes"]),
                       format_bytes(row["optimizer_bytes"]))
     table.add_section()
     totals = (format_bytes(sum(row[key] for row in rows)) for key in ("weight_bytes", "optimizer_bytes"))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pydantic
 from torchrec.distributed.types import (
+    CacheAlgorithm,
+    CacheParams,
     EmbeddingModuleShardingPlan,
     EnumerableShardingSpec,
     ParameterSharding,
@@ -14,7 +16,7 @@ from torchrec.distributed.types import (
 
 from longer_rec.config import Config, build_config
 from longer_rec.errors import ConfigError
-from longer_rec.sparse.tables import ShardingName
+from longer_rec.sparse.tables import CachePolicy, ShardingName
 
 FLOAT_BYTES = 4
 
@@ -32,6 +34,7 @@ class TablePlan(Config):
 
     ``exact`` says whether training gives bitwise the same table for every number of ranks, given the same logical
     workers: pooled row-wise lookups and replicas sum in an order that depends on it.
+    The last four belong to ``fused_uvm_caching``; see ``placement.py`` and ``cache.py``.
     """
 
     module: str
@@ -46,6 +49,10 @@ class TablePlan(Config):
     weight_bytes: int
     optimizer_bytes: int
     exact: bool
+    cache_load_factor: float | None = pydantic.Field(None, gt=0, le=1, description="cached part of the rows")
+    cache_policy: CachePolicy = "lfu"
+    coverage: float | None = pydantic.Field(None, description="lookups that go to the rows the cache has room for")
+    expected_hit_rate: dict[str, float] | None = None
 
 
 class SparsePlan(Config):
@@ -65,7 +72,8 @@ class SparsePlan(Config):
                                     placement=self._placement(shard.rank)) for shard in table.shards]
             modules.setdefault(table.module, EmbeddingModuleShardingPlan())[table.table] = ParameterSharding(
                 sharding_type=table.sharding_type, compute_kernel=table.kernel, ranks=list(table.ranks),
-                sharding_spec=EnumerableShardingSpec(shards) if shards else None)
+                sharding_spec=EnumerableShardingSpec(shards) if shards else None,
+                cache_params=cache_params(table.cache_load_factor, table.cache_policy))
         return ShardingPlan(plan=dict(modules))
 
     def _placement(self, rank: int) -> str:
@@ -74,6 +82,13 @@ class SparsePlan(Config):
             # Placements name the device within its host; hosts of one run hold equally many ranks.
             device = f"cuda:{rank % self.ranks_per_host}"
         return f"rank:{rank}/{device}"
+
+
+def cache_params(load_factor: float | None, policy: CachePolicy) -> CacheParams | None:
+    """A cache in TorchRec's terms."""
+    if load_factor is None:
+        return None
+    return CacheParams(algorithm=CacheAlgorithm[policy.upper()], load_factor=load_factor)
 
 
 def save_plan(plan: SparsePlan, path: Path) -> None:

@@ -18,7 +18,8 @@ from torchrec.distributed.types import ModuleSharder
 from longer_rec.errors import ConfigError
 from longer_rec.runtime.distributed import World
 from longer_rec.runtime.machine import memory_bytes
-from longer_rec.sparse.planfile import FLOAT_BYTES, Shard, SparsePlan, TablePlan, load_plan
+from longer_rec.sparse.placement import Floats, Placement, apply_placement, place_equally
+from longer_rec.sparse.planfile import FLOAT_BYTES, Shard, SparsePlan, TablePlan, cache_params, load_plan
 from longer_rec.sparse.tables import (
     DIM_MULTIPLE,
     Collection,
@@ -75,22 +76,28 @@ def allowed_types(pooled: bool, config: SparseConfig, device: torch.device, stri
 
 
 def build_plan(module: nn.Module, config: SparseConfig, world: World, batch_requests: int = 256,
-               ids_per_request: Mapping[str, float] | None = None, strict: bool = False) -> SparsePlan:
+               ids_per_request: Mapping[str, float] | None = None, strict: bool = False,
+               lookups: Mapping[str, Floats] | None = None) -> SparsePlan:
     """Where each table of ``module`` goes; a pure function, so that rank 0 may decide for all.
 
     ``batch_requests`` (per rank) and ``ids_per_request`` (mean number of ids by key, such as "history.item") tell
-    the planner how much is looked up; ``strict`` as in ``allowed_types``. ``ConfigError`` when the tables cannot be
-    split that way or do not fit.
+    the planner how much is looked up; ``strict`` as in ``allowed_types``. ``lookups`` of each row, by table, decide
+    the kernels with ``sparse.placement``. ``ConfigError`` when the tables cannot be split that way or do not fit.
     """
+    if config.placement == "auto" and lookups is None:
+        raise ConfigError("sparse.placement=auto goes by how often each row is looked up, which only prepared data "
+                          "tells; give data.dir, or set sparse.kernel instead")
     collections = find_collections(module)
     if isinstance(config.plan, str) and config.plan == "auto":
-        tables = _automatic(module, collections, config, world, strict, batch_requests, ids_per_request or {})
+        tables = _automatic(module, collections, config, world, strict, batch_requests, ids_per_request or {}, lookups)
     elif isinstance(config.plan, str) and config.plan not in _TYPES:
         plan = load_plan(Path(config.plan))
         check_plan(plan, module, config, world, strict)
         return plan
     else:
         tables = _explicit(collections, config, world, strict)
+    if lookups is not None:
+        tables = apply_placement(tables, lookups, config, world)
     plan = SparsePlan(world_size=world.size, ranks_per_host=world.local_size, device=world.device.type,
                       tables=tuple(tables))
     check_plan(plan, module, config, world, strict)
@@ -199,15 +206,22 @@ def _table_plan(path: str, table: Any, pooled: bool, sharding_type: str, kernel:
 
 
 def _automatic(module: nn.Module, collections: Mapping[str, Collection], config: SparseConfig, world: World,
-               strict: bool, batch_requests: int, ids_per_request: Mapping[str, float]) -> list[TablePlan]:
+               strict: bool, batch_requests: int, ids_per_request: Mapping[str, float],
+               lookups: Mapping[str, Floats] | None) -> list[TablePlan]:
     constraints = {}
+    every = [table for collection in collections.values() for table in table_configs(collection)]
+    places = place_equally(every, lookups, config, world) if lookups is not None else {
+        table.name: Placement(config.kernel, None, 0.0) for table in every}
     for collection in collections.values():
         reasons = allowed_types(isinstance(collection, EmbeddingBagCollection), config, world.device, strict)
         # Replicas are left to those who ask for them: they cost an all-reduce, and exactness over world sizes.
         types = [name for name, reason in reasons.items() if not reason and name != "data_parallel"]
         for table in table_configs(collection):
             constraints[table.name] = ParameterConstraints(
-                sharding_types=_splittable(types, table.num_embeddings, world.size), compute_kernels=[config.kernel],
+                sharding_types=_splittable(types, table.num_embeddings, world.size),
+                # On a CPU every kernel is plain memory, and TorchRec's planner knows but one.
+                compute_kernels=[places[table.name].kernel if world.device.type == "cuda" else "fused"],
+                cache_params=cache_params(places[table.name].cache_load_factor, config.cache_policy),
                 pooling_factors=[ids_per_request.get(key, 1.0) for key in table.feature_names])
     planner = EmbeddingShardingPlanner(topology=_topology(world), batch_size=batch_requests, constraints=constraints,
                                        debug=False)
@@ -217,7 +231,7 @@ def _automatic(module: nn.Module, collections: Mapping[str, Collection], config:
         raise ConfigError(f"no sharding plan fits {world.size} ranks: {' '.join(str(error).split())[:300]}; use more "
                           "ranks, smaller sparse.dims, or a sparse.plan of your own") from None
     return [_from_proposal(path, table, isinstance(collection, EmbeddingBagCollection),
-                           cast(Any, proposed.plan[path])[table.name], config, world.size)
+                           cast(Any, proposed.plan[path])[table.name], places[table.name].kernel, config, world.size)
             for path, collection in collections.items() for table in table_configs(collection)]
 
 
@@ -228,11 +242,11 @@ def _splittable(types: list[str], rows: int, world_size: int) -> list[str]:
     return [name for name in types if name != "row_wise"]
 
 
-def _from_proposal(path: str, table: Any, pooled: bool, sharding: Any, config: SparseConfig,
+def _from_proposal(path: str, table: Any, pooled: bool, sharding: Any, kernel: str, config: SparseConfig,
                    world_size: int) -> TablePlan:
     shards = [Shard(rank=shard.placement.rank(), offsets=tuple(shard.shard_offsets), sizes=tuple(shard.shard_sizes))
               for shard in (sharding.sharding_spec.shards if sharding.sharding_spec else ())]
-    return _table_plan(path, table, pooled, sharding.sharding_type, sharding.compute_kernel, shards, config, world_size)
+    return _table_plan(path, table, pooled, sharding.sharding_type, kernel, shards, config, world_size)
 
 
 def _topology(world: World) -> Topology:

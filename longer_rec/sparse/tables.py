@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 import pydantic
 import torch
@@ -29,6 +29,7 @@ Pooling = Literal["sum", "mean"]
 Collection: TypeAlias = EmbeddingCollection | EmbeddingBagCollection
 TableConfig: TypeAlias = EmbeddingConfig | EmbeddingBagConfig
 KernelName = Literal["fused", "fused_uvm", "fused_uvm_caching"]
+CachePolicy = Literal["lfu", "lru"]
 
 # FBGEMM's kernels read vectors of four floats: other widths are refused on a GPU, at run time.
 DIM_MULTIPLE = 4
@@ -53,6 +54,20 @@ class SparseConfig(Config):
                                          "rowwise_adagrad alone")
     plan: str | dict[str, ShardingName] = "auto"
     kernel: KernelName = "fused"
+    placement: Literal["auto"] | None = pydantic.Field(default=None, description="a kernel for each table, by how "
+                                                       "often its rows are looked up; None: kernel, for all")
+    device_memory: pydantic.ByteSize | None = pydantic.Field(
+        default=None, gt=0, description="what tables may take on each rank's device, such as 20GB; None: half of a "
+        "GPU's memory, all of a CPU's; placement alone")
+    cache_policy: CachePolicy = pydantic.Field(default="lfu", description="which rows leave a cache; placement alone")
+
+    @pydantic.model_validator(mode="after")
+    def _check_placement(self) -> Self:
+        if self.placement is None and self.device_memory is not None:
+            raise ValueError(f"device_memory={self.device_memory} has no effect without placement; set placement=auto")
+        if self.placement is not None and self.kernel != "fused":
+            raise ValueError(f"kernel={self.kernel} and placement={self.placement} exclude each other; drop one")
+        return self
 
 
 def check_names(named: Iterable[str], known: Iterable[str], where: str) -> None:

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from longer_rec.checkpoint.manager import CheckpointManager
+from longer_rec.data.frequency import count_lookups, replay_lookups
 from longer_rec.data.history import Dataset
+from longer_rec.elastic.assignment import resolve_num_workers
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job, build_ranker, ids_per_request
 from longer_rec.ranker import Ranker
 from longer_rec.runtime.distributed import World, on_main
+from longer_rec.sparse.cache import forecast_caches
 from longer_rec.sparse.init import initialize_tables
 from longer_rec.sparse.optimizers import RankerOptimizer
 from longer_rec.sparse.planfile import SparsePlan
@@ -54,7 +57,7 @@ def parallelize(job: Job, dataset: Dataset, world: World) -> ParallelRanker:
     # 1. Tables on the meta device, for no rank ever holds all of them, and the tower, the same on every rank.
     ranker = build_ranker(job, dataset.schema, world.device)
     # 2. Rank 0 plans for all; the plan covers every table.
-    plan = on_main(world, lambda: plan_tables(ranker, job, dataset, world))
+    plan = on_main(world, lambda: plan_tables(ranker, job, dataset, world, forecast=True))
     # 3. Tables sharded with their update rule inside backward; the tower stays replicated, its gradients ours.
     model = shard_ranker(ranker, plan, job.sparse, world.device)
     # 4. Rows filled by (seed, table, row), whatever shard they are in.
@@ -76,7 +79,16 @@ def check_job(job: Job, dataset: Dataset, world: World) -> None:
         raise ConfigError(f"{job.name}: {error}") from None
 
 
-def plan_tables(ranker: Ranker, job: Job, dataset: Dataset, world: World) -> SparsePlan:
-    """Where each table goes; a function of the job, the data's counts and the world."""
-    return build_plan(ranker, job.sparse, world, job.data.batch_requests,
-                      ids_per_request(dataset, job.data.max_events), strict=job.elastic.is_strict)
+def plan_tables(ranker: Ranker, job: Job, dataset: Dataset, world: World, forecast: bool = False) -> SparsePlan:
+    """Where each table goes; a function of the job, the data's counts and the world.
+
+    ``forecast`` adds the hit rates to expect of cached tables, from the batches that training begins with.
+    """
+    lookups = count_lookups(dataset, job.data.max_events) if job.sparse.placement else None
+    plan = build_plan(ranker, job.sparse, world, job.data.batch_requests,
+                      ids_per_request(dataset, job.data.max_events), job.elastic.is_strict, lookups)
+    if not forecast or lookups is None:
+        return plan
+    num_workers = resolve_num_workers(job.elastic, world.size)
+    num_steps = min(200, max(4, 20_000 // (num_workers * job.data.batch_requests)))
+    return forecast_caches(plan, lookups, replay_lookups(dataset, job.data, job.seed, num_workers, num_steps))

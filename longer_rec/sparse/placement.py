@@ -1,0 +1,252 @@
+"""Which memory each table lives in: by how often its rows are looked up, and by what the machine has.
+
+Device memory, host memory behind a device cache, host memory alone, local SSD: FBGEMM's kernels ``fused``,
+``fused_uvm_caching``, ``fused_uvm`` and ``key_value``. All of it is arithmetic on counts; no GPU is needed to plan.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from longer_rec.errors import ConfigError
+from longer_rec.runtime.distributed import World
+from longer_rec.runtime.machine import memory_bytes
+from longer_rec.sparse.planfile import FLOAT_BYTES, TablePlan
+from longer_rec.sparse.tables import SparseConfig, TableConfig
+
+# A table of which this share has earned device memory is held there whole: a cache's bookkeeping costs more.
+WHOLE_SHARE = 0.8
+# Below this share of lookups served, a cache costs more than reading host memory.
+MIN_COVERAGE = 0.1
+# What FBGEMM keeps on the device for a cached table of any width: id and last use of each slot; table and count of each
+# row. LRU has no counts and LFU no last use; both are reckoned with the larger of the two.
+_SLOT_BYTES = 16
+_ROW_BYTES = 12
+_MAX_BLOCKS = 512
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class TableDemand:
+    """One table as placement sees it: V rows, ``lookups`` of each per epoch (any unit that all tables share).
+
+    ``shares``: the part of the table that each rank holds, summing to 1. ``state_bytes`` of a row's optimizer state
+    stay on the device with any kernel but SSD when ``state_on_device``, as FBGEMM does with row-wise Adagrad's.
+    """
+
+    lookups: Floats
+    weight_bytes: int
+    state_bytes: int
+    state_on_device: bool
+    shares: Sequence[float]
+
+    @property
+    def whole_bytes(self) -> int:
+        return len(self.lookups) * (self.weight_bytes + self.state_bytes)
+
+    def device_bytes(self, rows: int) -> int:
+        """With ``rows`` of the table on the device: all of them, some in a cache, or none."""
+        if rows == len(self.lookups):
+            return self.whole_bytes
+        state = len(self.lookups) * self.state_bytes if self.state_on_device else 0
+        cache = rows * (self.weight_bytes + _SLOT_BYTES) + len(self.lookups) * _ROW_BYTES
+        return state + (cache if rows else 0)
+
+    def host_bytes(self, rows: int) -> int:
+        """What is in host memory with ``rows`` on the device: nothing, or every row's weights."""
+        if rows == len(self.lookups):
+            return 0
+        return self.whole_bytes - (len(self.lookups) * self.state_bytes if self.state_on_device else 0)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A table's kernel; ``cache_load_factor`` is the cached part of its rows, ``coverage`` the lookups of the hottest
+    rows that would fill device memory exactly: what a cache that knew the future would serve."""
+
+    kernel: str
+    cache_load_factor: float | None
+    coverage: float
+
+
+@dataclass
+class _Budget:
+    """Bytes left on each rank."""
+
+    left: Floats
+    taken: dict[str, int] = field(default_factory=dict)
+
+    def take(self, name: str, size: int, shares: Sequence[float]) -> bool:
+        """Let table ``name`` take ``size`` bytes in all, instead of what it had; False when a rank has not as much."""
+        left = self.left - (size - self.taken.get(name, 0)) * np.asarray(shares)
+        if (left < 0).any():
+            return False
+        self.left, self.taken[name] = left, size
+        return True
+
+
+def place_tables(demands: Mapping[str, TableDemand], device_bytes: int, host_bytes: int) -> dict[str, Placement]:
+    """The memory of every table, given what each rank may take of device and host memory. A pure function:
+
+    1. State that FBGEMM keeps on the device anyway is set aside.
+    2. Rows of all tables compete for device memory, in order of lookups per byte, hottest first. A row gets a place if
+       the ranks that hold its table have room; a table whose next rows find none is closed. So all tables share one
+       threshold, as far as their ranks have equally much room.
+    3. A table of which 80 % of the rows got a place is held whole, if it fits: ``fused``.
+    4. Any other table whose places cover 10 % of its lookups or more is ``fused_uvm_caching``, with as large a cache as
+       it has places; the rest, which give theirs back, are ``fused_uvm``.
+    5. Where host memory cannot hold what is not wholly on the device, the tables with the fewest lookups per byte move
+       to SSD (``key_value``) until it can.
+
+    ``ConfigError`` when state alone does not fit (rule 1).
+    """
+    budget = _Budget(np.full(len(next(iter(demands.values())).shares), float(device_bytes)))
+    for name, demand in demands.items():
+        if not budget.take(name, demand.device_bytes(0), demand.shares):
+            raise ConfigError(f"sparse.device_memory={device_bytes} cannot hold the optimizer state of table {name!r} "
+                              f"({demand.device_bytes(0)} bytes over its ranks), which stays on the device with any "
+                              "kernel; use more ranks, sparse.optimizer=sgd, or more memory")
+    rows = _rows_on_device(demands, budget)
+    for name in sorted(demands, key=lambda name: _density(demands[name])):
+        if rows[name] < len(demands[name].lookups) and _coverage(demands[name], rows[name]) < MIN_COVERAGE:
+            rows[name] = 0
+            budget.take(name, demands[name].device_bytes(0), demands[name].shares)
+    on_ssd = _overflow(demands, rows, host_bytes)
+    return {name: _placement(demand, rows[name], name in on_ssd) for name, demand in demands.items()}
+
+
+def _placement(demand: TableDemand, rows: int, on_ssd: bool) -> Placement:
+    coverage = _coverage(demand, rows)
+    if rows == len(demand.lookups):
+        return Placement("fused", None, 1.0)
+    factor = math.floor(rows / len(demand.lookups) * 1e6) / 1e6 or None
+    if on_ssd:
+        return Placement("key_value", factor, coverage)
+    return Placement("fused_uvm_caching" if rows else "fused_uvm", factor, coverage)
+
+
+def _rows_on_device(demands: Mapping[str, TableDemand], budget: _Budget) -> dict[str, int]:
+    """Rules 2 and 3: the number of rows of each table that get a place."""
+    rows = dict.fromkeys(demands, 0)
+    open_ = set(demands)
+    blocks = [(-density, name, upto) for name, demand in demands.items() for density, upto in _blocks(demand)]
+    for _, name, upto in sorted(blocks):
+        if name not in open_:
+            continue
+        demand = demands[name]
+        num_rows = len(demand.lookups)
+        if upto >= WHOLE_SHARE * num_rows:
+            open_.discard(name)
+            if budget.take(name, demand.whole_bytes, demand.shares):
+                rows[name] = num_rows
+                continue
+            upto = min(upto, num_rows - 1)
+        if budget.take(name, demand.device_bytes(upto), demand.shares):
+            rows[name] = upto
+        else:
+            open_.discard(name)
+    return rows
+
+
+def _blocks(demand: TableDemand) -> list[tuple[float, int]]:
+    """Rows from hot to cold, in at most 512 blocks that grow with their distance from the hottest.
+
+    (Lookups per byte in the block, rows up to its end.)
+    """
+    lookups = np.sort(demand.lookups)[::-1]
+    ends = np.unique(np.geomspace(1, len(lookups), min(len(lookups), _MAX_BLOCKS)).round().astype(np.int64))
+    starts = np.concatenate([[0], ends[:-1]])
+    density = np.add.reduceat(lookups, starts) / (ends - starts) / (demand.weight_bytes + _SLOT_BYTES)
+    return list(zip(density.tolist(), ends.tolist(), strict=True))
+
+
+def _density(demand: TableDemand) -> float:
+    return float(demand.lookups.sum() / demand.whole_bytes)
+
+
+def _coverage(demand: TableDemand, rows: int) -> float:
+    """Share of the lookups that go to the ``rows`` hottest rows."""
+    total = float(demand.lookups.sum())
+    if rows == 0 or total == 0:
+        return 0.0
+    return float(np.partition(demand.lookups, len(demand.lookups) - rows)[-rows:].sum()) / total
+
+
+def _overflow(demands: Mapping[str, TableDemand], rows: Mapping[str, int], host_bytes: int) -> set[str]:
+    """Rule 5: the tables that leave host memory, coldest first."""
+    used = sum(np.asarray(demand.shares) * demand.host_bytes(rows[name]) for name, demand in demands.items())
+    on_ssd: set[str] = set()
+    for name in sorted(demands, key=lambda name: _density(demands[name])):
+        if np.max(used) <= host_bytes:
+            break
+        if rows[name] < len(demands[name].lookups):
+            used = used - np.asarray(demands[name].shares) * demands[name].host_bytes(rows[name])
+            on_ssd.add(name)
+    return on_ssd
+
+
+def place_equally(tables: Iterable[TableConfig], lookups: Mapping[str, Floats], config: SparseConfig,
+                  world: World) -> dict[str, Placement]:
+    """Placement before it is known which rank holds what: every rank an equal part of every table."""
+    shares = [1 / world.size] * world.size
+    demands = {table.name: _demand(table.embedding_dim, lookups[table.name], shares, config) for table in tables}
+    return _place(demands, config, world, replicated_bytes=0)
+
+
+def apply_placement(tables: Sequence[TablePlan], lookups: Mapping[str, Floats], config: SparseConfig,
+                    world: World) -> list[TablePlan]:
+    """Tables that have their ranks, with the kernels that ``place_tables`` gives them; replicated ones keep theirs.
+
+    ``ConfigError`` when one would have to go to SSD.
+    """
+    demands = {table.table: _demand(table.dim, lookups[table.table], _shares(table, world.size), config)
+               for table in tables if table.shards}
+    replicated = sum(table.weight_bytes + table.optimizer_bytes for table in tables if not table.shards)
+    places = _place(demands, config, world, replicated) if demands else {}
+    return [table.model_copy(update=plan_fields(places[table.table], config)) if table.shards else table
+            for table in tables]
+
+
+def plan_fields(placement: Placement, config: SparseConfig) -> dict[str, object]:
+    """A placement as fields of ``TablePlan``."""
+    return {"kernel": placement.kernel, "cache_load_factor": placement.cache_load_factor,
+            "cache_policy": config.cache_policy, "coverage": round(placement.coverage, 4)}
+
+
+def _demand(dim: int, lookups: Floats, shares: Sequence[float], config: SparseConfig) -> TableDemand:
+    state = {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1}[config.optimizer]
+    return TableDemand(lookups, dim * FLOAT_BYTES, state * FLOAT_BYTES, config.optimizer == "rowwise_adagrad", shares)
+
+
+def _shares(table: TablePlan, world_size: int) -> list[float]:
+    shares = [0.0] * world_size
+    for shard in table.shards:
+        shares[shard.rank] += shard.sizes[0] * shard.sizes[1] / (table.rows * table.dim)
+    return shares
+
+
+def _place(demands: Mapping[str, TableDemand], config: SparseConfig, world: World,
+           replicated_bytes: int) -> dict[str, Placement]:
+    host_bytes = memory_bytes() // world.local_size
+    device_bytes = config.device_memory or _device_bytes(world, host_bytes)
+    places = place_tables(demands, device_bytes - replicated_bytes, host_bytes)
+    for name, place in places.items():
+        if place.kernel == "key_value":
+            why = ("which needs CUDA" if world.device.type == "cpu"
+                   else "where this package can neither start nor save a table")
+            raise ConfigError(f"table {name!r} of {demands[name].whole_bytes} bytes fits neither {device_bytes} bytes "
+                              f"of device nor {host_bytes} of host memory on each of {world.size} ranks; it would go "
+                              f"to SSD, {why}: use more ranks or smaller sparse.dims")
+    return places
+
+
+def _device_bytes(world: World, host_bytes: int) -> int:
+    """Half of a GPU, the rest being the tower's; a CPU has no other memory than its host's."""
+    if world.device.type == "cpu":
+        return host_bytes
+    return int(torch.cuda.mem_get_info(world.device)[1]) // 2
