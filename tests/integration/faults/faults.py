@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +28,27 @@ POINTS = ("input", "forward", "backward", "update", "save", "rename", "latest")
 
 @dataclass(frozen=True)
 class Fault:
-    """``sent`` reaches ``rank`` at ``point`` of ``step``, in the first start of a run or a later ``attempt``."""
+    """``sent`` reaches ``rank`` at ``point`` of ``step``, in the first start of a run or a later ``attempt``.
+
+    With ``upwards`` it reaches the rank's supervisor instead.
+    """
 
     sent: signal.Signals
     rank: int
     step: int
     point: str
     attempt: int = 0
+    upwards: bool = False
 
 
 @dataclass(frozen=True)
 class _When:
     faults: "Faults"
-    sent: signal.Signals
-    rank: int
-    step: int
-    attempt: int
+    fault: Fault
 
     def during(self, point: str) -> "Faults":
         assert point in POINTS, point
-        return Faults((*self.faults.planned, Fault(self.sent, self.rank, self.step, point, self.attempt)))
+        return Faults((*self.faults.planned, replace(self.fault, point=point)))
 
 
 class Faults:
@@ -64,11 +65,14 @@ class Faults:
         return self.send(signal.SIGSTOP, rank, step, attempt)
 
     def send(self, sent: signal.Signals, rank: int, step: int, attempt: int = 0) -> _When:
-        return _When(self, sent, rank, step, attempt)
+        return _When(self, Fault(sent, rank, step, "", attempt))
+
+    def send_supervisor(self, sent: signal.Signals, step: int) -> _When:
+        return _When(self, Fault(sent, 0, step, "", upwards=True))
 
     def install(self, clock: Path) -> None:
         """Patch the functions that this process will call; ``clock`` takes the times of strikes and restores."""
-        self._clock, self._pid = clock, os.getpid()
+        self._clock, self._pid, self._supervisor = clock, os.getpid(), os.getppid()
         rank, attempt = int(os.environ["RANK"]), int(os.environ["LONGER_REC_ATTEMPT"])
         self._due = [fault for fault in self.planned if (fault.rank, fault.attempt) == (rank, attempt)]
         wrap(trainer.Trainer, "restore", self._restore)
@@ -85,7 +89,8 @@ class Faults:
             if (fault.point, fault.step) == (point, step):
                 self._due.remove(fault)
                 self._tick("struck")
-                os.kill(self._pid, fault.sent)  # also from the process that makes the batches
+                # Its own number was taken before: the process that makes its batches may be the one that comes here.
+                os.kill(self._supervisor if fault.upwards else self._pid, fault.sent)
                 return
 
     def _tick(self, what: str) -> None:
