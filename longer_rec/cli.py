@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from longer_rec.errors import CheckpointError, LongerRecError
+from longer_rec.errors import CheckpointError, ConfigError, LongerRecError
 
 if TYPE_CHECKING:
     from longer_rec.job import Job
+    from longer_rec.runtime.cluster_check import Check
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
                   help="Train and serve rankers over ultra-long user histories.")
@@ -129,15 +130,61 @@ def diff(first: Path, second: Path, detail: Detail = False) -> None:
 
 
 @app.command()
-def doctor(quick: Annotated[bool, typer.Option(help="skip trying the kernels")] = False) -> None:
+def plan(
+    configs: Annotated[list[str], typer.Argument(
+        metavar="CONFIG [KEY.SUB=VALUE]...", help="YAML file and settings on top; with --diff, two plan files")],
+    topology: Annotated[list[str] | None, typer.Option(
+        help="machines, such as 8x80GB, 16xH100, 64x80GB:local=8,host=1TB,inter=50GB/s, or auto; repeatable")] = None,
+    proposer: Annotated[str, typer.Option(help="greedy, uniform, grid, dynamic; with commas")] = "greedy,uniform,grid",
+    partitioner: Annotated[str, typer.Option(help="perf, memory; with commas")] = "perf,memory",
+    sweep: Annotated[list[str] | None, typer.Option(
+        help="what if: gpus=8,16, hbm=40GB,80GB, batch=, L=, rows=, kernels=, constraints=; at most two")] = None,
+    constrain: Annotated[list[str] | None, typer.Option(help="item=row_wise+fused_uvm and its like; repeatable")] = None,
+    out: Annotated[Path, typer.Option(help="directory for plan.json and plan.html")] = Path("plan"),
+    diff: Annotated[bool, typer.Option("--diff", help="what differs between two plan files")] = False,
+) -> None:
+    """Sharding plans for machines that are not there; exit code 1 when one of them has no plan."""
+    from longer_rec.plan.command import Request, diff_plans, plan_job
+
+    if diff:
+        if len(configs) != 2:
+            raise ConfigError(f"--diff compares two plan files, {len(configs)} are given")
+        typer.echo("\n".join(diff_plans(*map(Path, configs))))
+        return
+    request = Request(topology or ["auto"], proposer.split(","), partitioner.split(","), sweep or (), constrain or (),
+                      out)
+    if not plan_job(_load_job(Path(configs[0]), configs[1:]), request):
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    quick: Annotated[bool, typer.Option(help="skip trying the kernels")] = False,
+    distributed: Annotated[bool, typer.Option(help="under torchrun or srun: compare the ranks, measure between "
+                                              "them")] = False,
+    data: Annotated[Path | None, typer.Option(help="with --distributed: data that all ranks must have")] = None,
+) -> None:
     """Versions, backends and kernels: what this machine can do, and the line to type when something is off."""
     from longer_rec.report.terminal import doctor_table
+    from longer_rec.runtime.distributed import is_main_process
     from longer_rec.sparse.doctor import run_doctor
 
-    checks = run_doctor(quick=quick)
-    doctor_table(checks)
+    if data is not None and not distributed:
+        raise ConfigError("--data is compared between ranks; add --distributed")
+    checks = _check_ranks(data) if distributed else run_doctor(quick=quick)
+    if is_main_process():
+        doctor_table(checks)
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(1)
+
+
+def _check_ranks(data: Path | None) -> "list[Check]":
+    from longer_rec.data.manifest import read_manifest
+    from longer_rec.runtime.cluster_check import check_cluster
+    from longer_rec.runtime.distributed import joined_world
+
+    with joined_world(timeout_s=60) as world:
+        return check_cluster(world, None if data is None else lambda: read_manifest(data)["fingerprint"][:12])
 
 
 @app.command()

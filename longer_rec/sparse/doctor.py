@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from longer_rec.runtime import machine
+from longer_rec.runtime.cluster_check import Check
 
 _GIB = 1 << 30
 _TRIALS_TIMEOUT_S = 80.0
@@ -28,16 +28,6 @@ _FBGEMM_OF_TORCH = {"2.13": "1.8", "2.12": "1.7", "2.11": "1.6"}
 _SETS = {"2.13": ("2.13.0", "1.8.0", "1.8.0"), "2.11": ("2.11.0", "1.6.0", "1.6.1")}
 _TORCHREC_TRIED = ("1.6", "1.8", "1.9")
 _TORCHMETRICS = "1.0.3"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question and its answer; ``status`` is "ok", "warn" or "fail", ``remedy`` a line to type, or ""."""
-
-    name: str
-    status: str
-    detail: str
-    remedy: str = ""
 
 
 def run_doctor(quick: bool = False) -> list[Check]:
@@ -177,15 +167,7 @@ def _check_trials() -> list[Check]:
     """Every sharding type and kernel, really tried, and the bandwidth between two ranks."""
     num_gpus = len(machine.gpus())
     device, ranks = ("cuda", min(2, num_gpus)) if num_gpus else ("cpu", 2)
-    command = [sys.executable, "-W", "ignore", "-m", "longer_rec.sparse.trial", device, str(ranks)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TRIALS_TIMEOUT_S,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-        output, ended = done.stdout, f"exit code {done.returncode}" if done.returncode else ""
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
-        ended = f"stopped after {_TRIALS_TIMEOUT_S:.0f} s"
-    results = [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")]
+    results, ended = _run_trials(device, str(ranks))
     checks = judge_trials([result for result in results if "outcome" in result], device, ranks)
     bandwidth = next((result["bandwidth"] for result in results if "bandwidth" in result), None)
     if bandwidth is not None:
@@ -194,6 +176,28 @@ def _check_trials() -> list[Check]:
     if ended:
         checks.append(Check("trials", "warn", f"not all were made: {ended}"))
     return checks
+
+
+def _run_trials(*arguments: str) -> tuple[list[dict[str, Any]], str]:
+    """What the trials printed, and how they ended if not well."""
+    command = [sys.executable, "-W", "ignore", "-m", "longer_rec.sparse.trial", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TRIALS_TIMEOUT_S,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        output, ended = done.stdout, f"exit code {done.returncode}" if done.returncode else ""
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        ended = f"stopped after {_TRIALS_TIMEOUT_S:.0f} s"
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{") and line.endswith("}")], ended
+
+
+def probe_bandwidth(device: str, ranks: int) -> float | None:
+    """Bytes a second that a rank sends through all-to-all here, measured; None when that fails or takes one rank."""
+    if ranks < 2:
+        return None
+    results, _ = _run_trials(device, str(ranks), "bandwidth")
+    words = next((str(result["bandwidth"]).split() for result in results if "bandwidth" in result), [])
+    return float(words[0]) * 1e9 if words[1:2] == ["GB/s"] else None
 
 
 def judge_trials(results: Iterable[Mapping[str, Any]], device: str, ranks: int) -> list[Check]:

@@ -1,8 +1,8 @@
 """The loader delivers a function of (seed, step, worker), whoever asks and from wherever."""
 
 import multiprocessing
-import os
 import signal
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 
@@ -131,11 +131,7 @@ def test_a_stop_signal_to_all_processes_leaves_the_step_under_way_its_batches(da
     helpers = multiprocessing.active_children()
     assert len(helpers) == 2
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        for helper in helpers:
-            if os.fork() == 0:  # a sender that is not the parent
-                os.kill(helper.pid or 0, number)
-                os._exit(0)
-            os.wait()
+        subprocess.run(["kill", f"-{number.value}", *(str(helper.pid) for helper in helpers)], check=True)
     received += steps
     for mine, others in zip(received, expected, strict=True):
         for first, second in zip(mine, others, strict=True):

@@ -1,0 +1,90 @@
+"""torchx components: ``torchx run -s SCHEDULER launch/components.py:train --config configs/first.yaml --nproc 8``.
+
+Imports neither torch nor longer_rec: torchx may live in an environment of its own, on a login node.
+"""
+
+import shlex
+from pathlib import Path
+from typing import Dict, List, Optional  # noqa: UP035 - torchx knows these and no other generic types
+
+from torchx import specs
+from torchx.specs.finder import ComponentValidationException
+
+
+def train(
+    *overrides: str,
+    config: str,
+    nproc: int = 2,
+    nodes: int = 1,
+    run_dir: str = "",
+    cpu: int = 0,
+    gpu: int = 0,
+    mem_mb: int = 8192,
+    image: str = "longer-rec",
+    max_restarts: int = 3,
+    retries: int = 3,
+    port: int = 29500,
+    save_s: int = 100,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+) -> specs.AppDef:
+    """Train a ranker with torchrun on one or more nodes.
+
+    Args:
+        overrides: settings on top of the configuration, after a lone "--": train.epochs=1
+        config: YAML file, a path that holds here and in the job
+        nproc: ranks on each node; on GPUs one for each
+        nodes: number of nodes
+        run_dir: run directory, on storage that all nodes share; the configuration's by default
+        cpu: cores of each node; by default two for each rank, itself and its loading process
+        gpu: GPUs of each node
+        mem_mb: memory of each node
+        image: container image with the package installed and the repository as its working directory
+        max_restarts: how often torchrun starts all ranks again after one is lost
+        retries: how often the scheduler starts the whole job again
+        port: where the first of several nodes takes the others' calls
+        save_s: seconds that ranks told to stop have for the step under way and the checkpoint
+        env: further environment variables: NCCL_SOCKET_IFNAME=eth0,NCCL_DEBUG=WARN
+        mounts: mounts of the container: type=volume,src=CLAIM,dst=/storage
+    """
+    _check(config, nproc=nproc, nodes=nodes, gpu=gpu, cpu=cpu, mem_mb=mem_mb, port=port, max_restarts=max_restarts,
+           retries=retries, save_s=save_s)
+    settings = [*([f"run_dir={run_dir}"] if run_dir else []), *overrides]
+    # The scheduler tells the first node's name by an environment variable of its own, which only a shell expands;
+    # a dollar that is no macro of torchx is doubled.
+    endpoint = f'"$${{{specs.macros.rank0_env}:-localhost}}:{port}"' if nodes > 1 else "localhost:0"
+    line = (f"exec torchrun --nnodes {nodes} --nproc_per_node {nproc} --max_restarts {max_restarts} "
+            f"--rdzv_backend c10d --rdzv_endpoint {endpoint} --rdzv_id {specs.macros.app_id} "
+            f"-m longer_rec train {shlex.join([config, *settings]).replace('$', '$$')}")
+    return specs.AppDef(name="longer-rec", roles=[specs.Role(
+        name="train", image=image, entrypoint="bash", args=["-c", line], num_replicas=nodes, max_retries=retries,
+        port_map={"c10d": port} if nodes > 1 else {},
+        resource=specs.Resource(cpu=cpu or 2 * nproc, gpu=gpu, memMB=mem_mb),
+        mounts=specs.parse_mounts(mounts) if mounts else [],
+        env={
+            "OMP_NUM_THREADS": "1",
+            # A rank that is restarted would otherwise dial its dead peer's old port (pytorch#135712).
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            # torchrun kills ranks this long after it has passed SIGTERM on; 30 by default.
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(save_s),
+            # torchx has Slurm give each rank a pseudo-terminal, on which a bar would fill the log.
+            "TTY_COMPATIBLE": "0", "COLUMNS": "140",
+            **(env or {}),
+        })])
+
+
+def _check(config: str, *, nproc: int, gpu: int, **counts: int) -> None:
+    """Refuse here what would fail on the cluster, after a wait in its queue."""
+    if not Path(config).is_file():
+        raise ComponentValidationException(f"--config {config} is no file here ({Path.cwd()}); give the path of a YAML "
+                                           "file that the job sees under the same path")
+    if nproc < 1:
+        raise ComponentValidationException(f"--nproc {nproc}: a node needs 1 rank or more")
+    if 0 < gpu < nproc:
+        raise ComponentValidationException(f"--nproc {nproc} with --gpu {gpu}: each rank needs a GPU of its own; "
+                                           f"use --nproc {gpu}")
+    lowest = {"nodes": 1, "mem_mb": 1, "port": 1, "save_s": 1}
+    for name, value in {"gpu": gpu, **counts}.items():
+        if value < lowest.get(name, 0) or (name == "port" and value > 65535):
+            bound = "1 to 65535" if name == "port" else f"{lowest.get(name, 0)} or more"
+            raise ComponentValidationException(f"--{name} {value}: use {bound}")
