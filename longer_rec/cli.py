@@ -139,7 +139,7 @@ def plan(
     partitioner: Annotated[str, typer.Option(help="perf, memory; with commas")] = "perf,memory",
     sweep: Annotated[list[str] | None, typer.Option(
         help="what if: gpus=8,16, hbm=40GB,80GB, batch=, L=, rows=, kernels=, constraints=; at most two")] = None,
-    constrain: Annotated[list[str] | None, typer.Option(help="item=row_wise+fused_uvm and its like; repeatable")] = None,
+    constrain: Annotated[list[str] | None, typer.Option(help="item=row_wise+fused_uvm and its like")] = None,
     out: Annotated[Path, typer.Option(help="directory for plan.json and plan.html")] = Path("plan"),
     diff: Annotated[bool, typer.Option("--diff", help="what differs between two plan files")] = False,
 ) -> None:

@@ -6,7 +6,7 @@ dark page. Text stays text, so it can be selected and scales with the page.
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import matplotlib
@@ -121,8 +121,11 @@ def histogram(edges: Sequence[float], counts: Sequence[float], max_events: int |
     return draw("histogram", 2.6, paint)
 
 
-def rank_bytes(held: Sequence[Sequence[float]]) -> str:
-    """One bar a rank, stacked from ``held[table][rank]``; tables beyond the palette share its last colour."""
+def rank_bytes(held: Sequence[Sequence[float]], limit: float | None = None, name: str = "plan") -> str:
+    """One bar a rank, stacked from ``held[part][rank]``; parts beyond the palette share its last colour.
+
+    ``limit``, what a rank may hold, is marked where the bars come near it.
+    """
     num_ranks = len(held[0])
 
     def paint(axes: Axes) -> None:
@@ -131,17 +134,46 @@ def rank_bytes(held: Sequence[Sequence[float]]) -> str:
             axes.barh(np.arange(num_ranks), sizes, left=left, height=0.62,
                       color=SERIES[min(number, len(SERIES) - 1)], edgecolor=PAPER, linewidth=0.5)
             left += np.array(sizes, dtype=np.float64)
-        for rank, total in enumerate(left):
-            axes.annotate(f" {format_bytes(total)}", (total, rank), va="center", color=MUTED)
-        axes.set_xlim(0, left.max() * 1.2 or 1.0)
         shown = _thin(num_ranks, 16)
+        for rank in shown:
+            axes.annotate(f" {format_bytes(left[rank])}", (left[rank], rank), va="center", color=MUTED)
+        axes.set_xlim(0, left.max() * 1.2 or 1.0)
+        if limit is not None and limit < 4 * left.max():
+            axes.axvline(limit, color=SERIES[4], linestyle=(0, (4, 3)), linewidth=1.3)
+            axes.set_xlim(0, max(limit * 1.02, left.max() * 1.2))
         axes.set_yticks(shown, [f"rank {rank}" for rank in shown])
         axes.invert_yaxis()
         axes.grid(visible=False)
         axes.xaxis.set_visible(False)
         axes.spines["bottom"].set_visible(False)
 
-    return draw("plan", 0.5 + 0.34 * min(num_ranks, 24), paint)
+    return draw(name, 0.5 + 0.34 * min(num_ranks, 16), paint)
+
+
+def what_if(name: str, values: Sequence[str], series: Mapping[str, Sequence[float]], unit: str,
+            limit: Sequence[float] | None = None) -> str:
+    """A quantity at each value of a setting, a line for each series; NaN, marked at the foot, where nothing fits.
+
+    ``limit`` is drawn dashed: what there is, value by value.
+    """
+    def paint(axes: Axes) -> None:
+        place = np.arange(len(values))
+        for number, points in enumerate(series.values()):
+            colour = SERIES[number % len(SERIES)]
+            axes.plot(place, points, color=colour, marker="o", markersize=4)
+            missing = place[np.isnan(points)]
+            axes.plot(missing, np.zeros(len(missing)), color=colour, marker="x", linestyle="none", clip_on=False)
+        top = np.nanmax([*(max(np.nan_to_num(points)) for points in series.values()), 1e-12])
+        if limit is not None and max(limit) < 4 * top:
+            axes.plot(place, limit, color=SERIES[4], linestyle=(0, (4, 3)), linewidth=1.3)
+            top = max(top, *limit)
+        axes.set_ylim(0, top * 1.1)
+        axes.set_xlim(-0.3, len(values) - 0.7)
+        axes.set_xticks(place, list(values))
+        axes.yaxis.set_major_formatter(FuncFormatter(
+            lambda value, _: format_bytes(value) if unit == "bytes" else f"{value:g} {unit}"))
+
+    return draw(name, 2.5, paint)
 
 
 def moving_mean(values: Floats) -> Floats:

@@ -1,8 +1,8 @@
 """Try every sharding type and kernel on two ranks, each in processes of its own: some of them crash.
 
-Run as ``python -m longer_rec.sparse.trial DEVICE RANKS``; prints one JSON object a line. Imports happen once, ranks
-are forked from them, so that a crash costs one trial and a trial costs no import. Everything is compared with the
-unsharded tables: a kernel that runs and computes something else has failed.
+Run as ``python -m longer_rec.sparse.trial DEVICE RANKS [bandwidth]``; prints one JSON object a line. Imports happen
+once, ranks are forked from them, so that a crash costs one trial and a trial costs no import. Everything is compared
+with the unsharded tables: a kernel that runs and computes something else has failed.
 """
 
 import datetime
@@ -178,10 +178,10 @@ def trials() -> Iterator[tuple[bool, str, str]]:
                 yield pooled, sharding_type, kernel
 
 
-def main(device_name: str, world_size: int) -> None:
+def main(device_name: str, world_size: int, bandwidth_only: bool = False) -> None:
     """Print every trial's outcome, then the bandwidth's."""
     torch.set_num_threads(1)
-    for pooled, sharding_type, kernel in trials():
+    for pooled, sharding_type, kernel in () if bandwidth_only else trials():
         outcome = _run(world_size, device_name, _trial, pooled, sharding_type, kernel)
         print(json.dumps({"pooled": pooled, "sharding_type": sharding_type, "kernel": kernel, "outcome": outcome}),
               flush=True)
@@ -189,4 +189,4 @@ def main(device_name: str, world_size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:] == ["bandwidth"])

@@ -1,0 +1,136 @@
+"""``longer-rec plan``: from the words of the command line to plans, tables and a page."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from longer_rec.data.history import open_dataset
+from longer_rec.errors import ConfigError
+from longer_rec.job import Job
+from longer_rec.plan import show
+from longer_rec.plan.plans import plan_differences, plan_hash
+from longer_rec.plan.scenario import KINDS, Constants, Outcome, Scenario
+from longer_rec.plan.topology import parse_topology
+from longer_rec.plan.whatif import compare, needs, parse_axis, parse_constraints, remedies, sweep
+from longer_rec.report.numbers import format_bytes
+from longer_rec.report.plan_page import write_plan_page
+from longer_rec.report.terminal import make_console
+from longer_rec.runtime.distributed import World
+from longer_rec.runtime.logging import quiet_libraries
+from longer_rec.sparse.planfile import load_plan, save_plan
+from longer_rec.sparse.planner import check_plan
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of the command, as they were typed."""
+
+    topologies: Sequence[str] = ("auto",)
+    proposers: Sequence[str] = ("greedy", "uniform", "grid")
+    partitioners: Sequence[str] = ("perf", "memory")
+    sweeps: Sequence[str] = ()
+    constraints: Sequence[str] = ()
+    out: Path = Path("plan")
+    constants: Constants = Constants()
+
+
+def plan_job(job: Job, request: Request) -> bool:
+    """Plan for every topology, print what was found and write ``plan.html`` and a ``plan.json`` for each that fits.
+
+    Whether all of them fit. Faults of the words are raised before anything is searched.
+    """
+    quiet_libraries()
+    dataset = open_dataset(job.data.dir, verify=False)
+    choices = parse_constraints(request.constraints)
+    scenarios = [Scenario(job, dataset, parse_topology(text), request.constants, choices=choices)
+                 for text in request.topologies]
+    axes = [[parse_axis(text, scenario) for text in request.sweeps] for scenario in scenarios]
+    if len(request.sweeps) > 2:
+        raise ConfigError(f"{len(request.sweeps)} sweeps were asked for; use one or two at a time")
+    console, sections, all_fit = make_console(), [], True
+    for scenario, own_axes in zip(scenarios, axes, strict=True):
+        outcomes = compare(scenario, request.proposers, request.partitioners)
+        all_fit &= outcomes[0].fits
+        section = _found(console, outcomes) if outcomes[0].fits else _unfit(console, scenario)
+        if own_axes:
+            section["sweep"] = show.sweep_section(own_axes, list(sweep(scenario, own_axes)))
+            show.print_grid(console, f"What if: {section['sweep']['axis']}", section["sweep"]["table"])
+        if outcomes[0].fits:
+            _save(console, outcomes[0], request, section)
+        sections.append(section)
+    request.out.mkdir(parents=True, exist_ok=True)
+    about = (f"{len(dataset.schema.tables)} tables, L = {job.data.max_events}, {job.data.batch_requests} requests a "
+             f"worker, {job.train.precision}" + f", recomputed: {', '.join(job.train.recompute)}" *
+             bool(job.train.recompute))
+    write_plan_page(request.out / "plan.html", job.name, about, sections)
+    console.print(f"page: {request.out / 'plan.html'}", soft_wrap=True)
+    return all_fit
+
+
+def _found(console: Console, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    best = outcomes[0]
+    section = {**_head(best.scenario), "searches": show.searches_grid(outcomes), "tables": show.tables_grid(best),
+               "ranks": {kind: best.held[kind] for kind in KINDS}, "limit": best.scenario.hardware.device_bytes,
+               "tiles": [("fullest rank", format_bytes(best.fullest)), ("max / mean", f"{best.imbalance:.2f}"),
+                         ("step, estimated", f"{1000 * best.total_s:.3g} ms"),
+                         ("plan", plan_hash(best.found.plan) if best.found.plan else "")]}
+    console.print(f"\n[bold]{best.scenario.hardware.name}[/]  {section['about']}")
+    show.print_grid(console, "Searches", section["searches"])
+    show.print_grid(console, "Plan", section["tables"])
+    show.print_grid(console, "Bytes of a rank's device", show.bytes_grid(best))
+    return section
+
+
+def _unfit(console: Console, scenario: Scenario) -> dict[str, Any]:
+    """What is missing, and what would help."""
+    reserved = sum(scenario.fixed_bytes.values()) + scenario.headroom_bytes
+    free = scenario.hardware.device_bytes - reserved
+    fixed = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in scenario.fixed_bytes.items())
+    section = _head(scenario)
+    section["about"] += (f". No plan fits: of {format_bytes(scenario.hardware.device_bytes)} a rank "
+                         f"{format_bytes(max(0, free))} are left for tables, after {fixed} and "
+                         f"{format_bytes(scenario.headroom_bytes)} kept free")
+    section["need"] = show.needs_grid(needs(scenario.space()), free)
+    found = remedies(scenario)
+    console.print(f"\n[bold]{scenario.hardware.name}[/]  {section['about']}")
+    show.print_grid(console, "What each table needs at least", section["need"])
+    if found:
+        section["remedies"] = show.remedies_grid(found)
+        show.print_grid(console, "Any one of these makes it fit (planned again)", section["remedies"])
+    else:
+        console.print("No single change of ranks, columns, host memory, batch or L makes it fit.")
+    return section
+
+
+def _head(scenario: Scenario) -> dict[str, Any]:
+    hardware = scenario.hardware
+    hosts = -(-hardware.world_size // hardware.ranks_per_host)
+    return {"name": hardware.name, "about": (
+        f"{hardware.world_size} {hardware.device} rank{'s' * (hardware.world_size > 1)} of "
+        f"{format_bytes(hardware.device_bytes)} on {hosts} host{'s' * (hosts > 1)} of "
+        f"{format_bytes(hardware.host_bytes)}, {hardware.intra_bw / 1e9:.3g} GB/s within and "
+        f"{hardware.inter_bw / 1e9:.3g} GB/s between hosts")}
+
+
+def _save(console: Console, best: Outcome, request: Request, section: Mapping[str, Any]) -> None:
+    plan, hardware, job = best.found.plan, best.scenario.hardware, best.scenario.job
+    assert plan is not None
+    world = World(0, hardware.world_size, 0, min(hardware.ranks_per_host, hardware.world_size),
+                  torch.device(hardware.device))
+    check_plan(plan, best.scenario.ranker, job.sparse, world, job.elastic.is_strict)
+    name = "plan.json" if len(request.topologies) == 1 else f"plan-{re.sub(r'[^A-Za-z0-9.]+', '-', hardware.name)}.json"
+    request.out.mkdir(parents=True, exist_ok=True)
+    save_plan(plan, request.out / name)
+    console.print(f"plan {plan_hash(plan)}: {request.out / name}; train with sparse.plan={request.out / name}",
+                  soft_wrap=True)
+
+
+def diff_plans(first: Path, second: Path) -> list[str]:
+    """What differs between two plan files, their hashes first."""
+    plans = [load_plan(path) for path in (first, second)]
+    return [f"{plan_hash(plans[0])} -> {plan_hash(plans[1])}", *plan_differences(*plans)]

@@ -1,0 +1,277 @@
+"""One question to the planner: this job, on that machine. And its answer: bytes of every rank, seconds of a step."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from longer_rec.data.history import Dataset
+from longer_rec.data.order import sample_positions, sample_rows
+from longer_rec.job import Job, build_ranker, input_widths
+from longer_rec.model.flops import tower_flops
+from longer_rec.model.longer import LongerTower, TowerConfig
+from longer_rec.model.memory import tower_bytes
+from longer_rec.ranker import Ranker
+from longer_rec.schema import Schema
+from longer_rec.sparse.optimizers import apply_table_optimizer
+from longer_rec.sparse.search import Choice, Found, Hardware, Space, build_space, find_plan
+from longer_rec.sparse.tables import TableConfig, find_collections, table_configs, widths
+
+KINDS = ("weights", "optimizer", "exchange", "rows", "activations", "dense")
+_SAMPLED_BATCHES = 32
+# Kept free: the CUDA context, NCCL's buffers, and what the allocator cannot use.
+_HEADROOM = 0.08
+_BACKWARD_PER_FORWARD = 2
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What cannot be read off a data sheet; ``--calibrate`` fits them to the machine at hand.
+
+    ``flops_share`` of the peak that the tower reaches, seconds that each collective call waits, and factors on the
+    bandwidths and on the bytes of activations.
+    """
+
+    flops_share: float = 0.3
+    latency_s: float = 2e-5
+    lookup_factor: float = 1.0
+    sparse_factor: float = 1.0
+    reduce_factor: float = 1.0
+    dense_factor: float = 1.0
+    activation_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Lengths of a sample of batches, in the order in which training reads them; histories are not cut yet."""
+
+    history_lengths: tuple[tuple[int, ...], ...]
+    candidate_counts: tuple[tuple[int, ...], ...]
+    user_ids: Mapping[str, float]
+
+    def cut(self, max_events: int) -> list[tuple[list[int], list[int]]]:
+        """(history lengths, candidate counts) of each batch."""
+        return [([min(length, max_events) for length in lengths], list(counts))
+                for lengths, counts in zip(self.history_lengths, self.candidate_counts, strict=True)]
+
+
+def sample_workload(dataset: Dataset, batch_requests: int, seed: int, num_batches: int = _SAMPLED_BATCHES) -> Workload:
+    """The first batches that one worker of the job would train on; reads lengths alone."""
+    train = dataset.split_rows("train")
+    row = np.concatenate([sample_rows(sample_positions(step, 0, 1, batch_requests), len(train), seed)[0]
+                          for step in range(num_batches)]) + train.start
+    user = dataset.requests.take("user", row)
+    length = dataset.requests.take("event_end", row).astype(np.int64) - dataset.user_start.take("start", user)
+    count = dataset.requests.take("num_candidates", row).astype(np.int64)
+    count = count * (1 + (dataset.config.candidates.per_positive or 0))
+    user_ids = {}
+    for name, column in dataset.users.items():
+        lengths = np.ones(1) if column.offsets is None else np.diff(column.offsets)[user.astype(np.int64)]
+        user_ids[f"users.{name}"] = float(lengths.mean())
+    shape = (num_batches, batch_requests)
+    return Workload(tuple(map(tuple, length.reshape(shape).tolist())), tuple(map(tuple, count.reshape(shape).tolist())),
+                    user_ids)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A job on a machine. ``row_factor`` scales every table; ``choices`` constrain tables by name."""
+
+    job: Job
+    dataset: Dataset
+    hardware: Hardware
+    constants: Constants = Constants()
+    row_factor: float = 1.0
+    choices: Mapping[str, Choice] = field(default_factory=dict)
+
+    def change(self, **changes: Any) -> "Scenario":
+        """With another batch, L, number of ranks, memory, tables; ``ConfigError`` as for the job itself."""
+        job, hardware = self.job, self.hardware
+        data: dict[str, Any] = {name: changes.pop(name) for name in ("batch_requests", "max_events") if name in changes}
+        machine = {name: changes.pop(name) for name in ("world_size", "device_bytes") if name in changes}
+        if data:
+            job = job.model_copy(update={"data": job.data.model_copy(update=data)})
+        if machine:
+            hardware = replace(hardware, **machine)
+        return replace(self, job=job, hardware=hardware, **changes)
+
+    @cached_property
+    def schema(self) -> Schema:
+        schema = self.dataset.schema
+        tables = tuple(table.model_copy(update={"num_rows": max(1, round(table.num_rows * self.row_factor))})
+                       for table in schema.tables)
+        return schema.model_copy(update={"tables": tables})
+
+    @cached_property
+    def ranker(self) -> Ranker:
+        with torch.device("meta"):
+            ranker = build_ranker(self.job, self.schema, torch.device("meta"))
+        # The estimators read the update rule off the parameters.
+        apply_table_optimizer(ranker.sparse.parameters(), self.job.sparse)
+        return ranker
+
+    @property
+    def tables(self) -> list[TableConfig]:
+        """Every table of the model, as TorchRec describes it."""
+        return [table for each in find_collections(self.ranker).values() for table in table_configs(each)]
+
+    @property
+    def pooled_tables(self) -> set[str]:
+        return {feature.table for feature in self.schema.user_features if feature.multi_valued}
+
+    @cached_property
+    def workload(self) -> Workload:
+        return sample_workload(self.dataset, self.job.data.batch_requests, self.job.seed)
+
+    @property
+    def workers_per_rank(self) -> int:
+        """Logical workers that the busiest rank hosts."""
+        num_workers = self.job.elastic.num_workers or self.hardware.world_size
+        return -(-num_workers // self.hardware.world_size)
+
+    @property
+    def batch_requests_per_rank(self) -> int:
+        return self.job.data.batch_requests * self.workers_per_rank
+
+    @cached_property
+    def ids_per_request(self) -> dict[str, float]:
+        """Mean number of ids a request looks up, by key."""
+        batches = self.workload.cut(self.job.data.max_events)
+        num_requests = self.job.data.batch_requests * len(batches)
+        history = sum(sum(lengths) for lengths, _ in batches) / num_requests
+        candidates = sum(sum(counts) for _, counts in batches) / num_requests
+        return {**{f"history.{feature.name}": history for feature in self.schema.history_features},
+                **{f"candidates.{feature.name}": candidates for feature in self.schema.item_features},
+                **self.workload.user_ids}
+
+    @cached_property
+    def activation_parts(self) -> dict[str, int]:
+        """Bytes by part of the tower, of the sampled batch that needs most."""
+        model = self.job.model
+        if not isinstance(model, TowerConfig):
+            return {}
+        value_bytes = 2 if self.job.train.precision == "bf16" else 4
+        batches = [tower_bytes(model, input_widths(self.schema, self.job), len(self.schema.tasks), lengths, counts,
+                               self.job.train.recompute, value_bytes)
+                   for lengths, counts in self.workload.cut(self.job.data.max_events)]
+        largest = max(batches, key=lambda parts: sum(parts.values()))
+        return {name: int(size * self.constants.activation_factor) for name, size in largest.items()}
+
+    @cached_property
+    def fixed_bytes(self) -> dict[str, int]:
+        """What every rank holds whatever the plan: looked-up rows, activations, and the tower with AdamW."""
+        width = widths(self.schema, self.job.sparse)
+        rows = sum(self.ids_per_request.get(key, 1.0) * columns * 4 for key, columns in width.items()
+                   if key != "users" and not self._is_pooled(key))
+        rows += sum(columns * 4 for key, columns in width.items() if self._is_pooled(key))
+        # Weights, two moments, gradients; and of the reduction the workers' subtrees, what is sent and received.
+        vectors = 4 + max(1, math.ceil(math.log2(self.workers_per_rank + 1))) + 2
+        return {"rows": int(rows * self.batch_requests_per_rank), "activations": sum(self.activation_parts.values()),
+                "dense": self.num_dense * 4 * vectors}
+
+    def _is_pooled(self, key: str) -> bool:
+        role, name = key.split(".", 1)
+        return role == "users" and any(feature.name == name and feature.multi_valued
+                                       for feature in self.schema.user_features)
+
+    @property
+    def num_dense(self) -> int:
+        return sum(parameter.numel() for parameter in self.ranker.tower.parameters())
+
+    @property
+    def headroom_bytes(self) -> int:
+        return int(_HEADROOM * self.hardware.device_bytes)
+
+    @cached_property
+    def flops(self) -> float:
+        """Of one rank's forward pass, on average over the sampled batches."""
+        if not isinstance(self.job.model, TowerConfig):
+            return 0.0
+        batches = self.workload.cut(self.job.data.max_events)
+        total = sum(tower_flops(self.job.model, input_widths(self.schema, self.job), len(self.schema.tasks), *batch)
+                    .total for batch in batches)
+        return total / len(batches) * self.workers_per_rank
+
+    def space(self) -> Space:
+        """Every way to place the tables."""
+        reserved = sum(self.fixed_bytes.values()) + self.headroom_bytes
+        return build_space(self.ranker, self.job.sparse, self.hardware, self.batch_requests_per_rank,
+                           self.ids_per_request, reserved, self.choices, self.job.elastic.is_strict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A search and what its plan costs: ``held[kind][rank]`` in bytes, ``host`` bytes by rank, ``step_s`` by part."""
+
+    scenario: Scenario
+    proposer: str
+    partitioner: str
+    found: Found
+    held: Mapping[str, list[int]]
+    host: list[int]
+    step_s: Mapping[str, float]
+
+    @property
+    def fits(self) -> bool:
+        return self.found.plan is not None
+
+    @property
+    def fullest(self) -> int:
+        return max(map(sum, zip(*self.held.values(), strict=True)))
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.step_s.values()) if self.fits else math.nan
+
+    @property
+    def imbalance(self) -> float:
+        """Fullest rank over the mean, of what the plan decides."""
+        sizes = [sum(parts) for parts in zip(*(self.held[kind] for kind in KINDS[:3]), strict=True)]
+        return max(sizes) * len(sizes) / sum(sizes) if sum(sizes) else 1.0
+
+
+def solve(scenario: Scenario, proposer: str = "greedy", partitioner: str = "perf", space: Space | None = None
+          ) -> Outcome:
+    """Search and count."""
+    space = space or scenario.space()
+    found = find_plan(space, proposer, partitioner)
+    num_ranks = scenario.hardware.world_size
+    held = {kind: [scenario.fixed_bytes.get(kind, 0)] * num_ranks for kind in KINDS}
+    host = [0] * num_ranks
+    times = {name: [0.0] * num_ranks for name in ("forward", "forward_exchange", "backward", "backward_exchange")}
+    for shard in found.placed:
+        for kind, size in (("weights", shard.size.weights), ("optimizer", shard.size.optimizer),
+                           ("exchange", shard.size.exchange)):
+            held[kind][shard.rank] += size
+        host[shard.rank] += shard.size.host
+        for name, values in times.items():
+            values[shard.rank] += getattr(shard, f"{name}_s")
+    worst = {name: max(values) for name, values in times.items()}
+    return Outcome(scenario, proposer, partitioner, found, held, host, step_seconds(scenario, worst))
+
+
+def step_seconds(scenario: Scenario, tables: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each part of a step, as the trainer's clock names them; ``tables``: of the slowest rank."""
+    constants, hardware, size = scenario.constants, scenario.hardware, scenario.num_dense * 4
+    recomputed = bool(scenario.job.train.recompute)
+    peak = hardware.flops[scenario.job.train.precision] * constants.flops_share
+    wait = constants.latency_s * math.ceil(math.log2(hardware.world_size)) if hardware.world_size > 1 else 0.0
+    exchanged = 2 * size * (hardware.world_size - 1) / hardware.world_size
+    moved = exchanged / hardware.network_bw + 3 * size / hardware.device_bw
+    return {
+        "lookup": constants.lookup_factor * (tables["forward"] + tables["forward_exchange"]) + 2 * wait,
+        "tower": scenario.flops * (1 + _BACKWARD_PER_FORWARD + recomputed) / peak,
+        "reduce": constants.reduce_factor * moved + 2 * wait,
+        "sparse": constants.sparse_factor * (tables["backward"] + tables["backward_exchange"]) + wait,
+        "dense": constants.dense_factor * 7 * size / hardware.device_bw,
+    }
+
+
+def towers_parts(scenario: Scenario) -> list[str]:
+    """Names of the tower's parts that can be recomputed."""
+    tower = scenario.ranker.tower
+    return list(tower.parts()) if isinstance(tower, LongerTower) else []

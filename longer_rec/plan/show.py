@@ -1,0 +1,110 @@
+"""What the planner found, as tables of text: for the terminal, and for the page."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from longer_rec.plan.scenario import KINDS, Outcome
+from longer_rec.plan.whatif import Axis, Need, Remedy
+from longer_rec.report.numbers import MISSING, format_bytes, format_count, format_ranks
+
+Grid = dict[str, Any]
+_PARTS = ("lookup", "tower", "reduce", "sparse", "dense")
+
+
+def _grid(head: str, numeric: str, rows: Sequence[Sequence[str]], **more: Any) -> Grid:
+    return {"head": [(name, name in numeric.split("|")) for name in head.split("|")], "rows": rows, **more}
+
+
+def print_grid(console: Console, title: str, grid: Grid) -> None:
+    """Borderless, as the other tables of this package."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 1))
+    for name, numeric in grid["head"]:
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
+    for number, row in enumerate(grid["rows"]):
+        table.add_row(*map(escape, row), style="bold" if number == grid.get("own") else None)
+    console.print(table)
+
+
+def searches_grid(outcomes: Sequence[Outcome]) -> Grid:
+    """Every search, the chosen one first."""
+    head = "proposer|partitioner|fullest rank|max/mean|step ms|" + "|".join(_PARTS) + "|planned in|proposals|placed"
+    rows = []
+    for one in outcomes:
+        found, fits = one.found, one.fits
+        measures = [format_bytes(one.fullest), f"{one.imbalance:.2f}", _ms(one.total_s),
+                    *(_ms(one.step_s[part]) for part in _PARTS)] if fits else ["no plan fits", *[MISSING] * 7]
+        rows.append([one.proposer, one.partitioner, *measures, f"{found.seconds:.2f} s",
+                     format_count(found.num_proposals), format_count(found.num_partitioned)])
+    return _grid(head, head.partition("partitioner|")[2], rows, own=0)
+
+
+def tables_grid(outcome: Outcome) -> Grid:
+    """The plan, largest table first; bytes of all its shards, times of its slowest."""
+    assert outcome.found.plan is not None
+    rows = []
+    for table in sorted(outcome.found.plan.tables, key=lambda one: -one.weight_bytes):
+        shards = [shard for shard in outcome.found.placed if shard.table == table.table]
+        sizes = [sum(getattr(shard.size, kind) for shard in shards)
+                 for kind in ("weights", "optimizer", "exchange", "host")]
+        times = [max(getattr(shard, name) for shard in shards)
+                 for name in ("forward_s", "forward_exchange_s", "backward_s", "backward_exchange_s")]
+        rows.append([table.table, format_count(table.rows), str(table.dim), table.sharding_type, table.kernel,
+                     format_ranks(table.ranks), *map(format_bytes, sizes), *map(_ms, times)])
+    numeric = "weights|optimizer|exchange|on host|fwd ms|fwd net|bwd ms|bwd net"
+    return _grid(f"table|rows|dim|sharding|kernel|ranks|{numeric}", f"rows|dim|{numeric}", rows)
+
+
+def bytes_grid(outcome: Outcome) -> Grid:
+    """Bytes by kind: on the mean rank and on the fullest one."""
+    by_rank = list(zip(*outcome.held.values(), strict=True))
+    fullest = max(by_rank, key=sum)
+    rows = []
+    for number, kind in enumerate(KINDS):
+        rows.append([kind, format_bytes(sum(outcome.held[kind]) / len(by_rank)), format_bytes(fullest[number])])
+        if kind == "activations":
+            rows += [[f"  {part}", "", format_bytes(size)]
+                     for part, size in outcome.scenario.activation_parts.items() if size]
+    rows.append(["in all", format_bytes(sum(map(sum, by_rank)) / len(by_rank)), format_bytes(sum(fullest))])
+    rows.append(["there is", "", format_bytes(outcome.scenario.hardware.device_bytes)])
+    rows.append(["kept free", "", format_bytes(outcome.scenario.headroom_bytes)])
+    return _grid("kind|mean rank|fullest rank", "mean rank|fullest rank", rows, own=len(rows) - 3)
+
+
+def needs_grid(needs: Sequence[Need], free: int) -> Grid:
+    """What each table needs at least, and what there is for it."""
+    rows = [[need.table, format_bytes(need.total), format_bytes(need.largest_shard), format_bytes(need.host),
+             "" if need.largest_shard <= free else "too large for a rank"] for need in needs]
+    return _grid("table|needs|its largest shard|host memory|", "needs|its largest shard|host memory", rows)
+
+
+def remedies_grid(remedies: Sequence[Remedy]) -> Grid:
+    rows = [[one.text, format_bytes(one.outcome.fullest), _ms(one.outcome.total_s)] for one in remedies]
+    return _grid("change|fullest rank|step ms", "fullest rank|step ms", rows)
+
+
+def sweep_section(axes: Sequence[Axis], points: Sequence[tuple[tuple[str, ...], Outcome]]) -> dict[str, Any]:
+    """The table and the lines of a sweep; a line for each value of the second axis."""
+    names = [axis.name for axis in axes]
+    rows = [[*values, "yes" if one.fits else "no", format_bytes(one.fullest) if one.fits else MISSING,
+             format_bytes(one.scenario.hardware.device_bytes), _ms(one.total_s), f"{one.imbalance:.2f}"]
+            for values, one in points]
+    series: dict[str, list[Outcome]] = {}
+    for values, one in points:
+        series.setdefault(f"{names[1]} {values[1]}" if len(names) > 1 else "", []).append(one)
+    first = next(iter(series.values()))
+    return {
+        "axis": " × ".join(names), "values": [value for value, _ in axes[0].values],
+        "bytes": {name: [one.fullest if one.fits else math.nan for one in ones] for name, ones in series.items()},
+        "ms": {name: [1000 * one.total_s for one in ones] for name, ones in series.items()},
+        "limit": [one.scenario.hardware.device_bytes for one in first],
+        "table": _grid("|".join([*names, "fits", "fullest rank", "of", "step ms", "max/mean"]),
+                       "fullest rank|of|step ms|max/mean", rows)}
+
+
+def _ms(seconds: float) -> str:
+    return MISSING if math.isnan(seconds) else f"{1000 * seconds:.{0 if seconds >= 1 else 3 - (seconds >= 0.01)}f}"

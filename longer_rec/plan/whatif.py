@@ -1,0 +1,225 @@
+"""Comparing searches, asking "what if", and finding the smallest single change that makes a job fit."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from longer_rec.errors import ConfigError
+from longer_rec.plan.scenario import Outcome, Scenario, solve
+from longer_rec.plan.topology import parse_bytes
+from longer_rec.sparse.planner import allowed_types
+from longer_rec.sparse.search import KERNELS, PARTITIONERS, PROPOSERS, Choice, ShardBytes, Space
+from longer_rec.sparse.tables import DIM_MULTIPLE
+
+_MAX_RANKS = 4096
+AXES = ("gpus", "hbm", "batch", "L", "rows", "kernels", "constraints")
+
+
+def compare(scenario: Scenario, proposers: Sequence[str], partitioners: Sequence[str]) -> list[Outcome]:
+    """Every proposer with every partitioner over one search space; the best first, ties as they were asked for.
+
+    The best is the one that fits with the shortest step, to a part in a thousand, then with the least on its fullest
+    rank. A grid search of too many combinations proposes nothing, and is last.
+    """
+    for name, known in [*((one, PROPOSERS) for one in proposers), *((one, PARTITIONERS) for one in partitioners)]:
+        if name not in known:
+            raise ConfigError(f"{name!r} is unknown; use {', '.join(known)}")
+    space = scenario.space()
+    outcomes = [solve(scenario, proposer, partitioner, space) for proposer in proposers for partitioner in partitioners]
+    return sorted(outcomes, key=lambda one: (not one.fits, float(f"{one.total_s:.3g}") if one.fits else 0, one.fullest))
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One ``--sweep``: the name, and each value as text with the change it makes."""
+
+    name: str
+    values: tuple[tuple[str, Callable[[Scenario], Scenario]], ...]
+
+
+def parse_axis(text: str, scenario: Scenario) -> Axis:
+    """``gpus=8,16`` and its like; ``ConfigError`` for what is no axis or no value of it."""
+    name, _, tail = text.partition("=")
+    if name not in AXES or not tail:
+        raise ConfigError(f"--sweep {text!r} cannot be read; use one of {', '.join(AXES)} with values, such as "
+                          "gpus=8,16,32")
+    return Axis(name, tuple((value, _change(name, value, scenario)) for value in tail.split(",")))
+
+
+def _change(name: str, value: str, scenario: Scenario) -> Callable[[Scenario], Scenario]:
+    where = f"--sweep {name}={value}"
+    if name == "hbm":
+        size = parse_bytes(value, where)
+        return lambda one: one.change(device_bytes=size)
+    if name == "kernels":
+        if value not in KERNELS:
+            raise ConfigError(f"{where} is no kernel; use one of {', '.join(KERNELS)}")
+        return lambda one: one.change(choices=_all_tables(one, kernels=(value,)))
+    if name == "constraints":
+        return lambda one: one.change(choices=_all_tables(one, sharding_types=tuple(value.split("+"))))
+    try:
+        number = float(value) if name == "rows" else int(value)
+    except ValueError:
+        number = 0
+    if number <= 0 or (name == "gpus" and number > _MAX_RANKS):
+        raise ConfigError(f"{where} is not a number that can be planned for; use one above 0"
+                          + f", up to {_MAX_RANKS}" * (name == "gpus"))
+    if name == "gpus":
+        if number > scenario.hardware.ranks_per_host and number % scenario.hardware.ranks_per_host:
+            raise ConfigError(f"{where} are not whole hosts of {scenario.hardware.ranks_per_host} ranks; use a "
+                              "multiple of that")
+        return lambda one: _with_ranks(one, int(number))
+    key = {"batch": "batch_requests", "L": "max_events", "rows": "row_factor"}[name]
+    return lambda one: one.change(**{key: number})
+
+
+def _with_ranks(scenario: Scenario, ranks: int) -> Scenario:
+    num_workers = scenario.job.elastic.num_workers
+    if num_workers is not None and ranks > num_workers:
+        raise ConfigError(f"{ranks} ranks have nothing to do for elastic.num_workers={num_workers} logical workers; "
+                          "use fewer ranks, or more workers")
+    return scenario.change(world_size=ranks)
+
+
+def _all_tables(scenario: Scenario, **choice: Any) -> dict[str, Choice]:
+    return {table.name: replace(scenario.choices.get(table.name, Choice()), **choice)
+            for table in scenario.tables}
+
+
+def sweep(scenario: Scenario, axes: Sequence[Axis]) -> Iterator[tuple[tuple[str, ...], Outcome]]:
+    """The values of each combination, and what a greedy search finds there."""
+    if len(axes) > 2:
+        raise ConfigError(f"{len(axes)} sweeps were asked for; use one or two at a time")
+    for combination in itertools.product(*(axis.values for axis in axes)):
+        changed = scenario
+        for _, change in combination:
+            changed = change(changed)
+        yield tuple(value for value, _ in combination), solve(changed)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What the least demanding way to place a table wants: in all, and of the rank with its largest shard."""
+
+    table: str
+    total: int
+    largest_shard: int
+    host: int
+
+
+def needs(space: Space) -> list[Need]:
+    """Each table's least need, largest first."""
+    least: dict[str, Need] = {}
+    for option in space.options:
+        sizes = space.sizes[id(option)]
+        need = Need(option.name, sum(map(_on_device, sizes)), max(map(_on_device, sizes)),
+                    sum(size.host for size in sizes))
+        if option.name not in least or (need.largest_shard, need.total) < (
+                least[option.name].largest_shard, least[option.name].total):
+            least[option.name] = need
+    return sorted(least.values(), key=lambda need: -need.total)
+
+
+def _on_device(size: ShardBytes) -> int:
+    return size.weights + size.optimizer + size.exchange
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A single change after which the job fits: planned again, with this outcome."""
+
+    text: str
+    outcome: Outcome
+
+
+def remedies(scenario: Scenario) -> list[Remedy]:
+    """The smallest change of each kind that makes the job fit, each verified by planning."""
+    found = []
+    for ladder in (_more_ranks, _column_splits, _offloads, _smaller_batches, _shorter_histories):
+        for text, changed in ladder(scenario):
+            outcome = solve(changed)
+            if outcome.fits:
+                found.append(Remedy(text, outcome))
+                break
+    return found
+
+
+_Ladder = Iterable[tuple[str, Scenario]]
+
+
+def _more_ranks(scenario: Scenario) -> _Ladder:
+    """Host by host at first, then in growing strides: within a tenth of the least number."""
+    hosts = -(-scenario.hardware.world_size // scenario.hardware.ranks_per_host)
+    most = min(_MAX_RANKS, scenario.job.elastic.num_workers or _MAX_RANKS)
+    step = scenario.hardware.ranks_per_host
+    while (hosts := hosts + max(1, hosts // 10)) * step <= most:
+        yield (f"{hosts * step} ranks instead of {scenario.hardware.world_size}",
+               scenario.change(world_size=hosts * step))
+
+
+def _column_splits(scenario: Scenario) -> _Ladder:
+    """The largest table in narrower and narrower columns; nothing where column_wise is refused."""
+    largest = max(scenario.tables, key=lambda table: table.num_embeddings * table.embedding_dim)
+    if allowed_types(largest.name in scenario.pooled_tables, scenario.job.sparse,
+                     torch.device(scenario.hardware.device), scenario.job.elastic.is_strict)["column_wise"]:
+        return
+    columns = largest.embedding_dim
+    while columns % (2 * DIM_MULTIPLE) == 0:
+        columns //= 2
+        choice = Choice(("column_wise",), min_columns=columns)
+        yield (f"table {largest.name!r} column_wise in shards of {columns} columns",
+               scenario.change(choices={**scenario.choices, largest.name: choice}))
+
+
+def _offloads(scenario: Scenario) -> _Ladder:
+    """More and more of the largest tables behind host memory, with a device cache and then without."""
+    if scenario.hardware.device == "cpu":
+        return
+    tables = sorted(scenario.tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
+    for count in range(1, len(tables) + 1):
+        for kernel in ("fused_uvm_caching", "fused_uvm"):
+            moved = {table.name: replace(scenario.choices.get(table.name, Choice()), kernels=(kernel,))
+                     for table in tables[:count]}
+            names = ", ".join(moved) if count <= 3 else f"the {count} largest tables"
+            yield f"{names} in host memory ({kernel})", scenario.change(choices={**scenario.choices, **moved})
+
+
+def _smaller_batches(scenario: Scenario) -> _Ladder:
+    return ((f"data.batch_requests={size} instead of {scenario.job.data.batch_requests}",
+             scenario.change(batch_requests=size)) for size in _halves(scenario.job.data.batch_requests))
+
+
+def _shorter_histories(scenario: Scenario) -> _Ladder:
+    return ((f"data.max_events={size} instead of {scenario.job.data.max_events}", scenario.change(max_events=size))
+            for size in _halves(scenario.job.data.max_events))
+
+
+def _halves(number: int) -> Iterator[int]:
+    """Three quarters, a half, three eighths, a quarter, ... down to 1."""
+    seen = number
+    for power in range(1, number.bit_length() + 1):
+        for size in (3 * number >> (power + 1), number >> power):
+            if 1 <= size < seen:
+                seen = size
+                yield size
+
+
+def parse_constraints(texts: Sequence[str]) -> Mapping[str, Choice]:
+    """``item=row_wise+fused_uvm`` and its like: sharding types, kernels and ``columns:N`` of one table."""
+    choices: dict[str, Choice] = {}
+    for text in texts:
+        table, separator, tail = text.partition("=")
+        if not separator or not tail:
+            raise ConfigError(f"--constrain {text!r} cannot be read; use TABLE=TYPE+KERNEL, such as "
+                              "item=row_wise+fused_uvm or item=column_wise+columns:16")
+        words = tail.split("+")
+        columns = next((word.removeprefix("columns:") for word in words if word.startswith("columns:")), None)
+        if columns is not None and (not columns.isdigit() or int(columns) < 1 or int(columns) % DIM_MULTIPLE):
+            raise ConfigError(f"--constrain {text!r}: columns:{columns} is not a positive multiple of {DIM_MULTIPLE}")
+        kernels = tuple(word for word in words if word.startswith("fused") or word in ("dense", "key_value"))
+        types = tuple(word for word in words if word not in kernels and not word.startswith("columns:"))
+        choices[table] = Choice(types, kernels, int(columns) if columns else None)
+    return choices
