@@ -14,6 +14,7 @@ from longer_rec.checkpoint.manager import CheckpointManager
 from longer_rec.checkpoint.manifest import MANIFEST, Manifest, TensorEntry, damaged_files, read_manifest
 from longer_rec.checkpoint.tensors import iterate_tensors
 from longer_rec.errors import CheckpointError
+from longer_rec.runtime.digest import combined_digest
 
 _TABLE = re.compile(r"\bembedding(?:_bag)?s\.(.+)\.weight$")
 _POSITION = ("name", "step", "epoch", "samples", "num_workers", "world_size", "data_fingerprint")
@@ -22,10 +23,11 @@ _MAX_DIFFERENCES = 20
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """Step, tensors (whole shapes, by key), the caller's extra, bytes on disk, and the faults of its files."""
+    """Step, tensors (whole shapes, by key), their digest, the caller's extra, bytes on disk, faults of its files."""
 
     step: int
     tensors: dict[str, TensorEntry]
+    digest: str
     extra: dict[str, Any]
     num_bytes: int
     faults: list[str]
@@ -54,7 +56,8 @@ class CheckpointDifference:
 def inspect_checkpoint(path: Path) -> CheckpointSummary:
     """What a checkpoint holds, its files verified; in one process, on any machine."""
     manifest = read_manifest(path)
-    return CheckpointSummary(step=manifest.step, tensors=manifest.tensors, extra=manifest.extra,
+    return CheckpointSummary(step=manifest.step, tensors=manifest.tensors,
+                             digest=combined_digest(manifest.digests), extra=manifest.extra,
                              num_bytes=sum(entry.num_bytes for entry in manifest.files.values()),
                              faults=damaged_files(path, manifest.files.items()))
 
@@ -91,7 +94,7 @@ def find_checkpoint(path: Path) -> Path:
 def summary_lines(summary: CheckpointSummary, detail: bool = False) -> list[str]:
     """A checkpoint for reading: position, tables, parts of the tower (with ``detail`` every tensor), faults."""
     lines = [f"step {summary.step}: {len(summary.tensors)} tensors, {summary.num_bytes / 1e6:.1f} MB",
-             *_position_lines(summary.extra)]
+             *_position_lines({**summary.extra, "digest": summary.digest})]
     if detail:
         lines += _columns([(key, f"{_shape(entry)}  {entry.dtype}") for key, entry in sorted(summary.tensors.items())])
     else:

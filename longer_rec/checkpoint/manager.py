@@ -33,6 +33,7 @@ from longer_rec.checkpoint.manifest import (
 )
 from longer_rec.checkpoint.tensors import Staging, describe, flatten, read_tensors, write_tensors
 from longer_rec.errors import CheckpointError
+from longer_rec.runtime.digest import join_digests, local_digests
 
 ValueT = TypeVar("ValueT")
 LATEST = "LATEST"
@@ -148,12 +149,18 @@ class CheckpointManager:
 
         Shards may be cut differently from those that were saved. ``CheckpointError`` names the damaged file, or the
         tensors that are only in the checkpoint or only in ``state``; nothing of ``state`` has changed then. Lazy
-        optimizer state must exist beforehand: what is missing from ``state`` is refused, not dropped.
+        optimizer state must exist beforehand: what is missing from ``state`` is refused, not dropped. At last the
+        digests of what is in memory now must be those of what was in memory when it was saved.
         """
         manifest = self._verify(path)
         tensors = flatten(state)
         _check_keys(path, manifest.tensors, _union(_gather(describe(tensors))))
         read_tensors(path, tensors)
+        digests = join_digests(_gather(local_digests(tensors)))
+        for key, digest in manifest.digests.items():
+            if digests[key] != digest:
+                raise CheckpointError(f"{path}: tensor {key!r} was loaded with digest {digests[key]}, saved with "
+                                      f"{digest}: this machine's memory or TorchRec's resharding is at fault")
         return manifest.extra
 
     def load_latest(self, state: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
@@ -195,8 +202,9 @@ class CheckpointManager:
             _on_rank_0(self._clear_temporary, temporary, group=self._group)
             write_tensors(temporary, tensors, self._group)
             files = _everywhere(_hash_own, temporary, group=self._group)
-            gathered = _union(_gather(entries, self._group))
-            manifest = Manifest(step=step, files=_union(files), tensors=gathered, extra=extra)
+            described, digests = zip(*_gather((entries, local_digests(tensors)), self._group), strict=True)
+            manifest = Manifest(step=step, files=_union(files), tensors=_union(described),
+                                digests=join_digests(digests), extra=extra)
             _on_rank_0(self._commit, temporary, manifest, group=self._group)
         except CheckpointError as error:
             # No rank is writing any more. A full disk is not left fuller than it was.

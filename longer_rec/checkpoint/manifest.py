@@ -32,13 +32,15 @@ class TensorEntry(Config):
 class Manifest(Config):
     """Everything of a checkpoint but the values of its tensors.
 
-    ``extra`` is the caller's: data cursor and fingerprint, hash of the configuration, world size, and the like.
+    ``digests`` are those of the tensors in memory when they were saved (runtime/digest.py). ``extra`` is the
+    caller's: data cursor and fingerprint, world size, and the like.
     """
 
-    version: int = 1
+    version: int = 2
     step: int = pydantic.Field(ge=0)
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
+    digests: dict[str, str]
     extra: dict[str, Any]
 
 
@@ -75,8 +77,8 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = build_config(Manifest, content, str(path))
     except ConfigError as error:
         raise CheckpointError(f"{error}; it was written by another version: use that one") from None
-    if manifest.version != 1:
-        raise CheckpointError(f"{path} has version {manifest.version}, this program reads version 1")
+    if manifest.version != 2:
+        raise CheckpointError(f"{path} has version {manifest.version}, this program reads version 2")
     return manifest
 
 

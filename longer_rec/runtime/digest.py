@@ -5,11 +5,13 @@ has no order, so each rank adds up its own block at its own place and the ranks'
 accidents, not against an adversary.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longer_rec.errors import RankLost
 from longer_rec.runtime.hashing import GOLDEN, signed, splitmix64
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -34,8 +36,36 @@ def block_digest(block: Tensor, offsets: tuple[int, ...] = ()) -> Tensor:
     return total
 
 
-def local_digest(value: Any) -> Tensor:
-    """Digest of what this rank holds of a tensor; those of a ShardedTensor's shards add up to the whole's."""
+def local_digests(state: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
+    """Of each tensor, the digest of what this rank holds, and whether that is shards of it or a replica."""
+    digests = [_local_digest(value).cpu() for value in state.values()]
+    values = torch.stack(digests).tolist() if digests else []
+    return {name: (digest, hasattr(state[name], "local_shards")) for name, digest in zip(state, values, strict=True)}
+
+
+def join_digests(ranks: Sequence[Mapping[str, tuple[int, bool]]]) -> dict[str, str]:
+    """The digests of whole tensors, 16 hexadecimal digits, from those of all ranks.
+
+    Shards add up. Replicas must agree: ``RankLost`` names the rank whose copy differs from the first one, which only
+    broken hardware or a bug brings about.
+    """
+    joined: dict[str, int] = {}
+    for rank, own in enumerate(ranks):
+        for name, (digest, is_sharded) in own.items():
+            if is_sharded:
+                joined[name] = joined.get(name, 0) + digest
+            elif joined.setdefault(name, digest) != digest:
+                raise RankLost(f"rank {rank} holds other values of the replicated {name!r} than the ranks before it: "
+                               "its memory or processor is at fault; start again without that machine")
+    return {name: f"{joined[name] % (1 << 64):016x}" for name in sorted(joined)}
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """Those of many tensors as one."""
+    return f"{sum(int(digest, 16) * (2 * i + 1) for i, digest in enumerate(digests.values())) % (1 << 64):016x}"
+
+
+def _local_digest(value: Any) -> Tensor:
     if not hasattr(value, "local_shards"):
         return block_digest(value)
     parts = [block_digest(shard.tensor, tuple(shard.metadata.shard_offsets)) for shard in value.local_shards()]

@@ -9,7 +9,7 @@ from typing import Self
 from torch.utils.tensorboard import SummaryWriter
 
 from longer_rec.errors import CheckpointError
-from longer_rec.train.digests import DIGESTS, digest_line
+from longer_rec.train.digests import DIGESTS
 from longer_rec.train.run_dir import write_atomically
 
 Value = float | int | str | None
@@ -39,9 +39,9 @@ class RunLog:
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{split}/{name}", value, step)
 
-    def write_digests(self, step: int, digests: Mapping[str, int]) -> None:
+    def write_digests(self, step: int, digests: Mapping[str, str]) -> None:
         with self._digests.open("a", encoding="utf-8", buffering=1) as file:
-            file.write(digest_line(step, digests) + "\n")
+            file.write(json.dumps({"step": step, "digests": digests}) + "\n")
 
     def __enter__(self) -> Self:
         return self

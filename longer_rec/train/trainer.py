@@ -31,7 +31,7 @@ from longer_rec.runtime.machine import numerics
 from longer_rec.runtime.preemption import StopSignal
 from longer_rec.runtime.profiling import StepClock
 from longer_rec.sparse.optimizers import warmup_cosine
-from longer_rec.train.digests import StateDigests, combined_digest
+from longer_rec.train.digests import state_digests
 from longer_rec.train.evaluate import evaluate
 from longer_rec.train.log import RunLog
 from longer_rec.train.parallelize import ParallelRanker
@@ -67,7 +67,6 @@ class Trainer:
         self.num_workers = num_workers
         self.workers = owned_workers(world.rank, world.size, num_workers)
         self.stop = stop or StopSignal()
-        self.digests = StateDigests(parallel.state_dict(), world)
         self.clock = StepClock()
         self.step = 0
         self.bad_steps = 0
@@ -138,6 +137,7 @@ class Trainer:
         loader = TrainLoader(self.dataset, self.job.data, seed=self.job.seed, num_workers=self.num_workers,
                              workers=self.workers, start_step=self.step, num_steps=self.num_steps - self.step)
         cadence = self.job.train
+        checkpoints.prepare(self.parallel.state_dict())
         with TrainProgress(self.job.name, self.num_steps, self.step, enabled=self.world.is_main) as progress:
             self.clock.take()
             for batches in loader:
@@ -166,19 +166,14 @@ class Trainer:
     def save(self, checkpoints: CheckpointManager) -> None:
         """Save weights, optimizer state and the position in the data while training goes on; a collective call."""
         with self.clock.part("time_save_s"):
-            state = self.parallel.state_dict()
-            checkpoints.save_async(self.step, state, {
+            checkpoints.save_async(self.step, self.parallel.state_dict(), {
                 "step": self.step, "samples": self.step * self.num_workers * self.job.data.batch_requests,
                 "elapsed_s": self.elapsed_s, "bad_steps": self.bad_steps, "skipped_steps": self.skipped_steps,
                 "num_workers": self.num_workers, "world_size": self.world.size, "name": self.job.name,
-                "data_fingerprint": self.dataset.fingerprint, "numerics": numerics(self.world.device),
-                "digest": combined_digest(self.digests(state))})
+                "data_fingerprint": self.dataset.fingerprint, "numerics": numerics(self.world.device)})
 
     def restore(self, checkpoints: CheckpointManager) -> bool:
-        """Continue from the newest complete checkpoint, if there is one; a collective call.
-
-        Whatever the number of ranks and the plan it was written under, the loaded state must have its digest.
-        """
+        """Continue from the newest complete checkpoint, if there is one; a collective call."""
         extra = self.parallel.load_latest(checkpoints)
         if extra is None:
             return False
@@ -186,10 +181,6 @@ class Trainer:
             raise CheckpointError(f"the checkpoint of step {extra['step']} was trained on data "
                                   f"{extra['data_fingerprint'][:12]}, not on {self.dataset.fingerprint[:12]}; "
                                   "choose another run_dir")
-        digest = combined_digest(self.digests(self.parallel.state_dict()))
-        if digest != extra["digest"]:
-            raise CheckpointError(f"the state loaded at step {extra['step']} has digest {digest}, saved was one of "
-                                  f"{extra['digest']}: this machine's memory is at fault, or TorchRec's resharding")
         self._check_numerics(extra["numerics"])
         self.step, self.elapsed_s = extra["step"], extra["elapsed_s"]
         self.bad_steps, self.skipped_steps = extra["bad_steps"], extra["skipped_steps"]
@@ -223,7 +214,7 @@ class Trainer:
         every = self.job.elastic.digest_every
         if every and self.step % every == 0:
             with self.clock.part("time_digest_s"):
-                digests = self.digests(self.parallel.state_dict())
+                digests = state_digests(self.parallel.state_dict(), self.world)
             if log is not None:
                 log.write_digests(self.step, digests)
 

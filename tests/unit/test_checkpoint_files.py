@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longer_rec.checkpoint import manager
 from longer_rec.checkpoint.inspect import (
     diff_checkpoints,
     difference_lines,
@@ -20,8 +21,8 @@ from longer_rec.checkpoint.inspect import (
     summary_lines,
 )
 from longer_rec.checkpoint.manager import CheckpointManager
-from longer_rec.checkpoint.manifest import Manifest, hash_file, read_manifest, write_manifest
-from longer_rec.checkpoint.tensors import Staging, flatten
+from longer_rec.checkpoint.manifest import hash_file, read_manifest, write_manifest
+from longer_rec.checkpoint.tensors import Staging, flatten, read_tensors
 from longer_rec.errors import CheckpointError
 
 
@@ -252,10 +253,21 @@ def test_code_in_a_pickle_is_not_run(saved: Path, monkeypatch: pytest.MonkeyPatc
     (saved / ".metadata").write_bytes(pickle.dumps(Exploit()))
     manifest = read_manifest(saved)
     files = {**manifest.files, ".metadata": hash_file(saved / ".metadata")}
-    write_manifest(saved, Manifest(step=7, files=files, tensors=manifest.tensors, extra={}))
+    write_manifest(saved, manifest.model_copy(update={"files": files}))
     with pytest.raises(CheckpointError, match=r"posix\.system"):
         CheckpointManager(saved.parent).load(saved, zeros_like(make_state()))
     assert not (saved.parent / "exploited").exists()
+
+
+def test_a_value_that_changes_between_file_and_memory_is_found(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As resharding that goes wrong would, or memory that does not hold what is written to it."""
+    def read_and_spoil(path: Path, tensors: dict[str, Tensor]) -> None:
+        read_tensors(path, tensors)
+        tensors["model/table"][3, 5].neg_()
+
+    monkeypatch.setattr(manager, "read_tensors", read_and_spoil)
+    with pytest.raises(CheckpointError, match=r"step-7: tensor 'model/table' was loaded with digest"):
+        CheckpointManager(saved.parent).load(saved, zeros_like(make_state()))
 
 
 def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
@@ -299,6 +311,7 @@ def test_summary_reads_position_then_tables_then_parts_of_the_tower(tmp_path: Pa
         "  samples           31,168",
         "  world_size        2",
         "  data_fingerprint  d7dacfda7d12...",
+        f"  digest            {summary.digest}",
         "  elapsed_s         133.977",
         "  more              [1]",
         "2 tables",
@@ -307,7 +320,7 @@ def test_summary_reads_position_then_tables_then_parts_of_the_tower(tmp_path: Pa
         "61 other parameters",
         "  tower.head    1 tensors, 1 values",
         "  tower.layers  60 tensors, 960 values, exp_avg, step"]
-    assert len(summary_lines(summary, detail=True)) == 7 + 185
+    assert len(summary_lines(summary, detail=True)) == 8 + 185
 
 
 def test_differences_of_a_parameter_and_its_optimizer_share_a_line_and_many_are_counted(tmp_path: Path) -> None:
