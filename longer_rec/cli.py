@@ -202,15 +202,17 @@ def main() -> None:
 
         die_with_parent()
     try:
-        # Not standalone: typer would print a usage error as a box of many lines.
-        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="longer-rec", standalone_mode=False) or 0)
+        # Not standalone: typer would print a usage error as a box of many lines. It makes 130 of Ctrl-C.
+        code = app(sys.argv[1:] or ["--help"], prog_name="longer-rec", standalone_mode=False) or 0
     except LongerRecError as error:
         _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        print("longer-rec: interrupted; a run continues from its last checkpoint when started again", file=sys.stderr)
-        sys.exit(130)
     except typer.TyperException as error:
         _fail(f"{error.format_message().rstrip('.')} (see `longer-rec --help`)")
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
+        print("longer-rec: interrupted; a run continues from its last checkpoint when started again", file=sys.stderr)
+    sys.exit(code)
 
 
 def _fail(fault: str, exit_code: int = LongerRecError.exit_code) -> NoReturn:

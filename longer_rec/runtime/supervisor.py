@@ -169,8 +169,10 @@ class _Attempt:
 
     def _kill(self, ranks: list[_Rank]) -> None:
         for rank in ranks:
+            # With all that it has started, at once: a process that loads data for a dead rank ends with a traceback.
             with contextlib.suppress(ProcessLookupError):
-                os.kill(rank.pid, signal.SIGKILL)
+                os.killpg(rank.pid, signal.SIGKILL)
+            os.kill(rank.pid, signal.SIGKILL)  # also when it has no group yet
         for rank in ranks:
             self._end(rank, os.waitstatus_to_exitcode(os.waitpid(rank.pid, 0)[1]))
 

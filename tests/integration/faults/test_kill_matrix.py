@@ -78,8 +78,10 @@ def test_a_killed_rank_costs_seconds_and_no_bit(synthetic: Path, tmp_path: Path)
         faults = Faults().kill(rank=kill.rank, step=kill.step).during(kill.point)
         with launch_run(run_dir, synthetic, *SHORT, faults=faults) as run:
             code = run.wait(90)
-        assert (code, run.err) == (0, f"longer-rec: rank {kill.rank} of {RANKS} was killed by SIGKILL; "
-                                      "starting again (1 of 3)\n"), kill
+        assert code == 0, (kill, run.err)
+        # A process that makes batches may still find its rank gone, and say so.
+        said = [line for line in run.err.splitlines() if line.startswith("longer-rec: ")]
+        assert said == [f"longer-rec: rank {kill.rank} of {RANKS} was killed by SIGKILL; starting again (1 of 3)"], kill
         assert equal_results(run_dir, tmp_path / "whole"), kill
         assert not list((run_dir / "checkpoints").glob("step-*.tmp")), kill
         rows.append((kill, recovery_s(run.folder / "clock")))

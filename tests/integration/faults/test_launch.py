@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from longer_rec.checkpoint.inspect import diff_checkpoints, find_checkpoint
+from longer_rec.cli import main
 from longer_rec.errors import RankLost
 from longer_rec.runtime.distributed import joined_world
 from longer_rec.runtime.supervisor import supervise
@@ -205,9 +206,9 @@ def test_two_trainings_in_one_directory_are_refused_until_the_first_is_dead(
         commands: CommandServer, synthetic: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = (CONFIG, f"run_dir={run_dir}", f"data.dir={synthetic}", *SHORT)
-    with launch_run(run_dir, synthetic, *SHORT, faults=Faults().stop(rank=1, step=3).during("forward"),
-                    stopped_grace_s=60) as first:
-        until(lambda: steps(run_dir) >= 3, 30, first)
+    with launch_run(run_dir, synthetic, *SHORT, "train.timeout_s=60", stopped_grace_s=60,
+                    faults=Faults().stop(rank=0, step=3).during("forward")) as first:
+        until(lambda: any(one.status() == psutil.STATUS_STOPPED for one in first.family()), 30, first)
         before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
         outcome = commands.run("launch", *arguments)
         assert outcome.code == 2
@@ -219,3 +220,21 @@ def test_two_trainings_in_one_directory_are_refused_until_the_first_is_dead(
             one.kill()
     outcome = commands.run("launch", *arguments)
     assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_ctrl_c_ends_a_launched_run_with_one_line(synthetic: Path, tmp_path: Path) -> None:
+    def command() -> int:
+        sys.argv = ["longer-rec", "launch", str(CONFIG), f"run_dir={tmp_path / 'run'}", f"data.dir={synthetic}"]
+        try:
+            main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    with fork(command, tmp_path / "command") as run:
+        until(lambda: steps(tmp_path / "run") >= 1, 60, run)
+        family = run.family()
+        os.kill(run.pid, signal.SIGINT)
+        assert run.wait(20) == 130
+        until(lambda: gone(family), 5, run)
+    assert run.err == "longer-rec: interrupted; a run continues from its last checkpoint when started again\n"
