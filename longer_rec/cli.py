@@ -49,6 +49,8 @@ def launch(
 ) -> None:
     """Train on many ranks of this host; starts again by itself when a rank dies or stops."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # FBGEMM's import asks whether there is a GPU: without this, that would leave CUDA unusable in forked ranks.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     from longer_rec.runtime.supervisor import supervise
 
     job = _load_job(config, overrides)
@@ -141,10 +143,16 @@ def plan(
         help="what if: gpus=8,16, hbm=40GB,80GB, batch=, L=, rows=, kernels=, constraints=; at most two")] = None,
     constrain: Annotated[list[str] | None, typer.Option(help="item=row_wise+fused_uvm and its like")] = None,
     out: Annotated[Path, typer.Option(help="directory for plan.json and plan.html")] = Path("plan"),
+    calibration: Annotated[Path | None, typer.Option(help="constants that --calibrate has fitted")] = None,
+    calibrate: Annotated[str | None, typer.Option(
+        metavar="RANKS", help="run a few steps here on, say, 1,2,4 ranks: predicted beside measured")] = None,
     diff: Annotated[bool, typer.Option("--diff", help="what differs between two plan files")] = False,
 ) -> None:
     """Sharding plans for machines that are not there; exit code 1 when one of them has no plan."""
-    from longer_rec.plan.command import Request, diff_plans, plan_job
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from longer_rec.plan.calibrate import load_calibration
+    from longer_rec.plan.command import Request, calibrate_job, diff_plans, plan_job
+    from longer_rec.plan.scenario import Constants
 
     if diff:
         if len(configs) != 2:
@@ -152,8 +160,15 @@ def plan(
         typer.echo("\n".join(diff_plans(*map(Path, configs))))
         return
     request = Request(topology or ["auto"], proposer.split(","), partitioner.split(","), sweep or (), constrain or (),
-                      out)
-    if not plan_job(_load_job(Path(configs[0]), configs[1:]), request):
+                      out, load_calibration(calibration) if calibration else Constants())
+    job = _load_job(Path(configs[0]), configs[1:])
+    if calibrate is not None:
+        from longer_rec.train.measure import measure_job
+
+        if not all(number.isdigit() and int(number) for number in calibrate.split(",")):
+            raise ConfigError(f"--calibrate={calibrate} is not a list of numbers of ranks; use such as 1,2,4")
+        calibrate_job(job, [int(number) for number in calibrate.split(",")], out, measure_job)
+    elif not plan_job(job, request):
         raise typer.Exit(1)
 
 

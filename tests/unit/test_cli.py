@@ -55,3 +55,28 @@ def test_the_command_alone_answers_with_its_help_within_two_seconds() -> None:
     assert alone.stdout == asked.stdout
     # Of CPU time, for both: a busy machine makes the wall time worse, not this.
     assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 2 * 2
+
+
+LAUNCH_ON_A_GPU = """
+import sys, torch
+
+def poison():
+    raise SystemExit("CUDA was asked before the ranks were forked")
+
+torch.cuda._is_compiled = lambda: True
+torch.cuda._device_count_nvml = lambda: 2
+for name in ("getDeviceCount", "getArchFlags", "init", "getCurrentRawStream"):
+    setattr(torch._C, f"_cuda_{name}", poison)
+
+import longer_rec.cli, longer_rec.runtime.supervisor
+longer_rec.runtime.supervisor.supervise = lambda *_: int(torch.cuda.is_initialized()) or 77
+sys.argv = ["longer-rec", "launch", "configs/synthetic_debug.yaml", "--nproc", "2"]
+longer_rec.cli.main()
+"""
+
+
+def test_the_parent_of_launched_ranks_never_touches_a_gpu() -> None:
+    """Else CUDA refuses to work in them. On a machine that pretends to have two."""
+    done = subprocess.run([sys.executable, "-c", LAUNCH_ON_A_GPU], cwd=ROOT, text=True, capture_output=True,
+                          timeout=120, check=False)
+    assert done.returncode == 77, done.stderr
