@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from longer_rec.checkpoint.manager import CheckpointManager
-from longer_rec.config import load_config
 from longer_rec.data.history import Dataset, open_dataset
 from longer_rec.data.partition import SPLITS
 from longer_rec.elastic.assignment import resolve_num_workers
@@ -24,7 +23,7 @@ from longer_rec.sparse.planfile import save_plan
 from longer_rec.train.log import RunLog
 from longer_rec.train.parallelize import check_job, parallelize
 from longer_rec.train.replay import replay_step
-from longer_rec.train.run_dir import open_run_dir, read_run, write_atomically
+from longer_rec.train.run_dir import load_job, open_run_dir, read_run, write_atomically
 from longer_rec.train.trainer import Trainer
 
 Row = dict[str, Any]
@@ -72,8 +71,7 @@ def _train_one(job: Job, dataset: Dataset, world: World, stop: StopSignal, show_
 def evaluate_run(run_dir: Path, split: str) -> Row:
     """Metrics of a finished or interrupted run's newest checkpoint, on any number of ranks."""
     _prepare_process()
-    read_run(run_dir)  # says what is wrong with a directory that is none, before its config.yaml is looked for
-    job = load_config(Job, run_dir / "config.yaml", [f"run_dir={run_dir}"])
+    job = load_job(run_dir)
     with joined_world(job.train.timeout_s) as world:
         dataset = _open_data(job, world, [split])
         trainer = load_run(job, dataset, world)
@@ -83,8 +81,7 @@ def evaluate_run(run_dir: Path, split: str) -> Row:
 def replay_run(run_dir: Path) -> list[str]:
     """Run the step again at which a run was given up, on one process; what is not finite in it, a line each."""
     _prepare_process()
-    num_workers = int(read_run(run_dir)["num_workers"])
-    job = load_config(Job, run_dir / "config.yaml", [f"run_dir={run_dir}"])
+    job, num_workers = load_job(run_dir), int(read_run(run_dir)["num_workers"])
     with joined_world(job.train.timeout_s) as world:
         dataset = _open_data(job, world, ["train"])
         trainer = Trainer(job, dataset, world, parallelize(job, dataset, world), num_workers)

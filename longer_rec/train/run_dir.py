@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -42,8 +43,10 @@ def open_run_dir(job: Job, dataset: Dataset, num_workers: int) -> None:
             if (directory / "config.yaml").exists():
                 _check_same_run(job, dataset, num_workers)
             else:
-                write_atomically(directory / "run.json", json.dumps(_describe_run(dataset, num_workers), indent=2))
-                write_atomically(directory / "config.yaml", dump_config(job))
+                config = dump_config(job)
+                run = {**_describe_run(dataset, num_workers), "config_sha256": _sha256(config.encode())}
+                write_atomically(directory / "run.json", json.dumps(run, indent=2))
+                write_atomically(directory / "config.yaml", config)
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
             lock.flush()
@@ -85,7 +88,7 @@ def _locked(directory: Path) -> Iterator[TextIO]:
 
 def _check_same_run(job: Job, dataset: Dataset, num_workers: int) -> None:
     directory = job.run_dir
-    saved, run = load_config(Job, directory / "config.yaml"), read_run(directory)
+    saved, run = load_job(directory), read_run(directory)
     changed = changed_keys(saved, job)
     if changed:
         raise CheckpointError(f"{directory} holds a run of another configuration (differs in {', '.join(changed)}); "
@@ -96,6 +99,19 @@ def _check_same_run(job: Job, dataset: Dataset, num_workers: int) -> None:
     if run["num_workers"] != num_workers:
         raise CheckpointError(f"{directory} was started with {run['num_workers']} logical workers, now there are "
                               f"{num_workers}; start {run['num_workers']} ranks or set elastic.num_workers")
+
+
+def load_job(directory: Path) -> Job:
+    """The job that a run directory was made for, wherever it lies now."""
+    run, path = read_run(directory), directory / "config.yaml"
+    if path.is_file() and _sha256(path.read_bytes()) != run["config_sha256"]:
+        raise CheckpointError(f"{path} is not what the run was started with: damaged or edited; restore it, or give "
+                              "what is to change to another run_dir")
+    return load_config(Job, path, [f"run_dir={directory}"])
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_run(directory: Path) -> dict[str, Any]:

@@ -210,16 +210,29 @@ def test_a_run_without_any_checkpoint_is_not_evaluated(commands: CommandServer, 
     assert contents(trained) == before
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "run.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["config.yaml", "run.json"])
 def test_a_run_with_a_truncated_file(commands: CommandServer, trained: Path, name: str) -> None:
     config = trained.with_name("config.yaml")
     shutil.copy(trained / "config.yaml", config)
     truncate(trained / name)
     before = contents(trained)
-    # Cut at the end of a line, YAML lacks its last keys, and is another configuration.
-    named = r"config\.yaml|another configuration" if name == "config.yaml" else re.escape(name)
-    assert_one_line(commands.run("train", config, f"run_dir={trained}"), f"({named})")
+    assert_one_line(commands.run("train", config, f"run_dir={trained}"), re.escape(name))
     assert contents(trained) == before
+
+
+def test_a_log_with_a_damaged_line_is_refused_and_one_torn_at_its_end_is_not(commands: CommandServer,
+                                                                            trained: Path) -> None:
+    config, log = trained.with_name("config.yaml"), trained / "metrics.jsonl"
+    shutil.copy(trained / "config.yaml", config)
+    first, *others = log.read_text().splitlines(keepends=True)
+    log.write_text(first[:-9] + "\n" + "".join(others))
+    before = contents(trained)
+    assert_one_line(commands.run("train", config, f"run_dir={trained}"), r"metrics\.jsonl line 1 is damaged")
+    assert contents(trained) == before
+    # A process was killed while it wrote its last line.
+    log.write_text("".join([first, *others, first[:-9]]))
+    assert commands.run("train", config, f"run_dir={trained}").code == 0
+    assert log.read_text().splitlines()[:-1] == "".join([first, *others]).splitlines()[:-1]
 
 
 @pytest.mark.parametrize(("override", "message"), [
