@@ -13,6 +13,7 @@ from longer_rec.data.history import open_dataset
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job
 from longer_rec.plan import show
+from longer_rec.plan.calibrate import Measure, bytes_compared, calibrate, fit, save_calibration, seconds_compared
 from longer_rec.plan.plans import plan_differences, plan_hash
 from longer_rec.plan.scenario import KINDS, Constants, Outcome, Scenario
 from longer_rec.plan.topology import parse_topology
@@ -24,6 +25,8 @@ from longer_rec.runtime.distributed import World
 from longer_rec.runtime.logging import quiet_libraries
 from longer_rec.sparse.planfile import load_plan, save_plan
 from longer_rec.sparse.planner import check_plan
+
+_CALIBRATION_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ def plan_job(job: Job, request: Request) -> bool:
     choices = parse_constraints(request.constraints)
     scenarios = [Scenario(job, dataset, parse_topology(text), request.constants, choices=choices)
                  for text in request.topologies]
+    for scenario in scenarios:
+        if request.constants.device not in (None, scenario.hardware.device):
+            raise ConfigError(f"--calibration was measured on {request.constants.device}, {scenario.hardware.name} is "
+                              f"{scenario.hardware.device}; leave it out, or calibrate there")
     axes = [[parse_axis(text, scenario) for text in request.sweeps] for scenario in scenarios]
     if len(request.sweeps) > 2:
         raise ConfigError(f"{len(request.sweeps)} sweeps were asked for; use one or two at a time")
@@ -75,6 +82,7 @@ def plan_job(job: Job, request: Request) -> bool:
 def _found(console: Console, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     best = outcomes[0]
     section = {**_head(best.scenario), "searches": show.searches_grid(outcomes), "tables": show.tables_grid(best),
+               "bytes": show.bytes_grid(best),
                "ranks": {kind: best.held[kind] for kind in KINDS}, "limit": best.scenario.hardware.device_bytes,
                "tiles": [("fullest rank", format_bytes(best.fullest)), ("max / mean", f"{best.imbalance:.2f}"),
                          ("step, estimated", f"{1000 * best.total_s:.3g} ms"),
@@ -82,7 +90,7 @@ def _found(console: Console, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     console.print(f"\n[bold]{best.scenario.hardware.name}[/]  {section['about']}")
     show.print_grid(console, "Searches", section["searches"])
     show.print_grid(console, "Plan", section["tables"])
-    show.print_grid(console, "Bytes of a rank's device", show.bytes_grid(best))
+    show.print_grid(console, "Bytes of a rank's device", section["bytes"])
     return section
 
 
@@ -128,6 +136,18 @@ def _save(console: Console, best: Outcome, request: Request, section: Mapping[st
     save_plan(plan, request.out / name)
     console.print(f"plan {plan_hash(plan)}: {request.out / name}; train with sparse.plan={request.out / name}",
                   soft_wrap=True)
+
+
+def calibrate_job(job: Job, ranks: Sequence[int], out: Path, measure: Measure) -> None:
+    """Run a few steps on each number of ranks, print predicted beside measured, write ``calibration.json``."""
+    quiet_libraries()
+    compared = calibrate(job, open_dataset(job.data.dir, verify=False), measure, ranks, _CALIBRATION_STEPS)
+    constants = fit(compared)
+    console = make_console()
+    show.print_grid(console, f"Bytes, {job.name}", bytes_compared(compared))
+    show.print_grid(console, "Seconds of a step", seconds_compared(compared, constants))
+    save_calibration(constants, ranks, out / "calibration.json")
+    console.print(f"calibration: {out / 'calibration.json'}", soft_wrap=True)
 
 
 def diff_plans(first: Path, second: Path) -> list[str]:

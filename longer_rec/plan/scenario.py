@@ -4,16 +4,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pydantic
 import torch
 
+from longer_rec.config import Config
 from longer_rec.data.history import Dataset
 from longer_rec.data.order import sample_positions, sample_rows
 from longer_rec.job import Job, build_ranker, input_widths
 from longer_rec.model.flops import tower_flops
-from longer_rec.model.longer import LongerTower, TowerConfig
+from longer_rec.model.longer import TowerConfig
 from longer_rec.model.memory import tower_bytes
 from longer_rec.ranker import Ranker
 from longer_rec.schema import Schema
@@ -28,21 +30,21 @@ _HEADROOM = 0.08
 _BACKWARD_PER_FORWARD = 2
 
 
-@dataclass(frozen=True)
-class Constants:
+class Constants(Config):
     """What cannot be read off a data sheet; ``--calibrate`` fits them to the machine at hand.
 
-    ``flops_share`` of the peak that the tower reaches, seconds that each collective call waits, and factors on the
-    bandwidths and on the bytes of activations.
+    Each but the last two multiplies the seconds that peak rates give: of the tower's matmuls, of reading and updating
+    tables, of the dense parameters' memory traffic, of the network. ``latency_s`` is that of a round of messages.
     """
 
-    flops_share: float = 0.3
-    latency_s: float = 2e-5
-    lookup_factor: float = 1.0
-    sparse_factor: float = 1.0
-    reduce_factor: float = 1.0
-    dense_factor: float = 1.0
-    activation_factor: float = 1.0
+    device: Literal["cpu", "cuda"] | None = None
+    tower: float = pydantic.Field(3.3, ge=0)
+    lookup: float = pydantic.Field(1.0, ge=0)
+    sparse: float = pydantic.Field(1.0, ge=0)
+    memory: float = pydantic.Field(1.0, ge=0)
+    network: float = pydantic.Field(1.0, ge=0)
+    latency_s: float = pydantic.Field(2e-5, ge=0)
+    activations: float = pydantic.Field(1.0, gt=0)
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,11 @@ class Workload:
                 for lengths, counts in zip(self.history_lengths, self.candidate_counts, strict=True)]
 
 
-def sample_workload(dataset: Dataset, batch_requests: int, seed: int, num_batches: int = _SAMPLED_BATCHES) -> Workload:
-    """The first batches that one worker of the job would train on; reads lengths alone."""
+def sample_workload(dataset: Dataset, batch_requests: int, seed: int, batches: range) -> Workload:
+    """Batches of the job's sample stream, counted over all workers; reads lengths alone."""
     train = dataset.split_rows("train")
     row = np.concatenate([sample_rows(sample_positions(step, 0, 1, batch_requests), len(train), seed)[0]
-                          for step in range(num_batches)]) + train.start
+                          for step in batches]) + train.start
     user = dataset.requests.take("user", row)
     length = dataset.requests.take("event_end", row).astype(np.int64) - dataset.user_start.take("start", user)
     count = dataset.requests.take("num_candidates", row).astype(np.int64)
@@ -72,14 +74,15 @@ def sample_workload(dataset: Dataset, batch_requests: int, seed: int, num_batche
     for name, column in dataset.users.items():
         lengths = np.ones(1) if column.offsets is None else np.diff(column.offsets)[user.astype(np.int64)]
         user_ids[f"users.{name}"] = float(lengths.mean())
-    shape = (num_batches, batch_requests)
+    shape = (len(batches), batch_requests)
     return Workload(tuple(map(tuple, length.reshape(shape).tolist())), tuple(map(tuple, count.reshape(shape).tolist())),
                     user_ids)
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A job on a machine. ``row_factor`` scales every table; ``choices`` constrain tables by name."""
+    """A job on a machine. ``row_factor`` scales every table; ``choices`` constrain tables by name; ``batches`` of
+    the data stand for all."""
 
     job: Job
     dataset: Dataset
@@ -87,6 +90,7 @@ class Scenario:
     constants: Constants = Constants()
     row_factor: float = 1.0
     choices: Mapping[str, Choice] = field(default_factory=dict)
+    batches: range = range(_SAMPLED_BATCHES)
 
     def change(self, **changes: Any) -> "Scenario":
         """With another batch, L, number of ranks, memory, tables; ``ConfigError`` as for the job itself."""
@@ -125,7 +129,7 @@ class Scenario:
 
     @cached_property
     def workload(self) -> Workload:
-        return sample_workload(self.dataset, self.job.data.batch_requests, self.job.seed)
+        return sample_workload(self.dataset, self.job.data.batch_requests, self.job.seed, self.batches)
 
     @property
     def workers_per_rank(self) -> int:
@@ -159,7 +163,7 @@ class Scenario:
                                self.job.train.recompute, value_bytes)
                    for lengths, counts in self.workload.cut(self.job.data.max_events)]
         largest = max(batches, key=lambda parts: sum(parts.values()))
-        return {name: int(size * self.constants.activation_factor) for name, size in largest.items()}
+        return {name: int(size * self.constants.activations) for name, size in largest.items()}
 
     @cached_property
     def fixed_bytes(self) -> dict[str, int]:
@@ -213,6 +217,7 @@ class Outcome:
     found: Found
     held: Mapping[str, list[int]]
     host: list[int]
+    terms: Mapping[str, Mapping[str, float]]
     step_s: Mapping[str, float]
 
     @property
@@ -250,28 +255,26 @@ def solve(scenario: Scenario, proposer: str = "greedy", partitioner: str = "perf
         host[shard.rank] += shard.size.host
         for name, values in times.items():
             values[shard.rank] += getattr(shard, f"{name}_s")
-    worst = {name: max(values) for name, values in times.items()}
-    return Outcome(scenario, proposer, partitioner, found, held, host, step_seconds(scenario, worst))
+    terms = step_terms(scenario, {name: max(values) for name, values in times.items()})
+    seconds = {part: sum(getattr(scenario.constants, name) * value for name, value in each.items())
+               for part, each in terms.items()}
+    return Outcome(scenario, proposer, partitioner, found, held, host, terms, seconds)
 
 
-def step_seconds(scenario: Scenario, tables: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of each part of a step, as the trainer's clock names them; ``tables``: of the slowest rank."""
-    constants, hardware, size = scenario.constants, scenario.hardware, scenario.num_dense * 4
-    recomputed = bool(scenario.job.train.recompute)
-    peak = hardware.flops[scenario.job.train.precision] * constants.flops_share
-    wait = constants.latency_s * math.ceil(math.log2(hardware.world_size)) if hardware.world_size > 1 else 0.0
-    exchanged = 2 * size * (hardware.world_size - 1) / hardware.world_size
-    moved = exchanged / hardware.network_bw + 3 * size / hardware.device_bw
+def step_terms(scenario: Scenario, tables: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Each part of a step, as the trainer's clock names them, in seconds at peak rates (rounds for ``latency_s``) by
+    the constant they are multiplied with; ``tables``: of the slowest rank."""
+    hardware, size = scenario.hardware, scenario.num_dense * 4
+    num_ranks = hardware.world_size
+    # Ranks that share a core wait for each other.
+    share = max(1.0, min(num_ranks, hardware.ranks_per_host) / hardware.cores) if hardware.cores else 1.0
+    rounds = float(math.ceil(math.log2(num_ranks)))
+    forward_passes = 1 + _BACKWARD_PER_FORWARD + bool(scenario.job.train.recompute)
     return {
-        "lookup": constants.lookup_factor * (tables["forward"] + tables["forward_exchange"]) + 2 * wait,
-        "tower": scenario.flops * (1 + _BACKWARD_PER_FORWARD + recomputed) / peak,
-        "reduce": constants.reduce_factor * moved + 2 * wait,
-        "sparse": constants.sparse_factor * (tables["backward"] + tables["backward_exchange"]) + wait,
-        "dense": constants.dense_factor * 7 * size / hardware.device_bw,
+        "lookup": {"lookup": tables["forward"] * share, "network": tables["forward_exchange"], "latency_s": 2 * rounds},
+        "tower": {"tower": scenario.flops * forward_passes * share / hardware.flops[scenario.job.train.precision]},
+        "reduce": {"memory": 3 * size * share / hardware.device_bw, "latency_s": 2 * rounds,
+                   "network": 2 * size * (num_ranks - 1) / num_ranks / hardware.network_bw},
+        "sparse": {"sparse": tables["backward"] * share, "network": tables["backward_exchange"], "latency_s": rounds},
+        "dense": {"memory": 7 * size * share / hardware.device_bw},
     }
-
-
-def towers_parts(scenario: Scenario) -> list[str]:
-    """Names of the tower's parts that can be recomputed."""
-    tower = scenario.ranker.tower
-    return list(tower.parts()) if isinstance(tower, LongerTower) else []

@@ -16,7 +16,8 @@ Grid = dict[str, Any]
 _PARTS = ("lookup", "tower", "reduce", "sparse", "dense")
 
 
-def _grid(head: str, numeric: str, rows: Sequence[Sequence[str]], **more: Any) -> Grid:
+def make_grid(head: str, numeric: str, rows: Sequence[Sequence[str]], **more: Any) -> Grid:
+    """Column titles, those that hold numbers, rows of text, and ``own``, the row to mark."""
     return {"head": [(name, name in numeric.split("|")) for name in head.split("|")], "rows": rows, **more}
 
 
@@ -40,7 +41,7 @@ def searches_grid(outcomes: Sequence[Outcome]) -> Grid:
                     *(_ms(one.step_s[part]) for part in _PARTS)] if fits else ["no plan fits", *[MISSING] * 7]
         rows.append([one.proposer, one.partitioner, *measures, f"{found.seconds:.2f} s",
                      format_count(found.num_proposals), format_count(found.num_partitioned)])
-    return _grid(head, head.partition("partitioner|")[2], rows, own=0)
+    return make_grid(head, head.partition("partitioner|")[2], rows, own=0)
 
 
 def tables_grid(outcome: Outcome) -> Grid:
@@ -56,7 +57,7 @@ def tables_grid(outcome: Outcome) -> Grid:
         rows.append([table.table, format_count(table.rows), str(table.dim), table.sharding_type, table.kernel,
                      format_ranks(table.ranks), *map(format_bytes, sizes), *map(_ms, times)])
     numeric = "weights|optimizer|exchange|on host|fwd ms|fwd net|bwd ms|bwd net"
-    return _grid(f"table|rows|dim|sharding|kernel|ranks|{numeric}", f"rows|dim|{numeric}", rows)
+    return make_grid(f"table|rows|dim|sharding|kernel|ranks|{numeric}", f"rows|dim|{numeric}", rows)
 
 
 def bytes_grid(outcome: Outcome) -> Grid:
@@ -72,37 +73,38 @@ def bytes_grid(outcome: Outcome) -> Grid:
     rows.append(["in all", format_bytes(sum(map(sum, by_rank)) / len(by_rank)), format_bytes(sum(fullest))])
     rows.append(["there is", "", format_bytes(outcome.scenario.hardware.device_bytes)])
     rows.append(["kept free", "", format_bytes(outcome.scenario.headroom_bytes)])
-    return _grid("kind|mean rank|fullest rank", "mean rank|fullest rank", rows, own=len(rows) - 3)
+    return make_grid("kind|mean rank|fullest rank", "mean rank|fullest rank", rows, own=len(rows) - 3)
 
 
 def needs_grid(needs: Sequence[Need], free: int) -> Grid:
     """What each table needs at least, and what there is for it."""
     rows = [[need.table, format_bytes(need.total), format_bytes(need.largest_shard), format_bytes(need.host),
-             "" if need.largest_shard <= free else "too large for a rank"] for need in needs]
-    return _grid("table|needs|its largest shard|host memory|", "needs|its largest shard|host memory", rows)
+             "too large for a rank" if need.largest_shard > free > 0 else ""] for need in needs]
+    return make_grid("table|needs|its largest shard|host memory|", "needs|its largest shard|host memory", rows)
 
 
 def remedies_grid(remedies: Sequence[Remedy]) -> Grid:
     rows = [[one.text, format_bytes(one.outcome.fullest), _ms(one.outcome.total_s)] for one in remedies]
-    return _grid("change|fullest rank|step ms", "fullest rank|step ms", rows)
+    return make_grid("change|fullest rank|step ms", "fullest rank|step ms", rows)
 
 
 def sweep_section(axes: Sequence[Axis], points: Sequence[tuple[tuple[str, ...], Outcome]]) -> dict[str, Any]:
     """The table and the lines of a sweep; a line for each value of the second axis."""
     names = [axis.name for axis in axes]
     rows = [[*values, "yes" if one.fits else "no", format_bytes(one.fullest) if one.fits else MISSING,
-             format_bytes(one.scenario.hardware.device_bytes), _ms(one.total_s), f"{one.imbalance:.2f}"]
+             format_bytes(one.scenario.hardware.device_bytes), _ms(one.total_s),
+             f"{one.imbalance:.2f}" if one.fits else MISSING]
             for values, one in points]
     series: dict[str, list[Outcome]] = {}
     for values, one in points:
         series.setdefault(f"{names[1]} {values[1]}" if len(names) > 1 else "", []).append(one)
-    first = next(iter(series.values()))
+    limits = [[one.scenario.hardware.device_bytes for one in ones] for ones in series.values()]
     return {
         "axis": " × ".join(names), "values": [value for value, _ in axes[0].values],
         "bytes": {name: [one.fullest if one.fits else math.nan for one in ones] for name, ones in series.items()},
         "ms": {name: [1000 * one.total_s for one in ones] for name, ones in series.items()},
-        "limit": [one.scenario.hardware.device_bytes for one in first],
-        "table": _grid("|".join([*names, "fits", "fullest rank", "of", "step ms", "max/mean"]),
+        "limit": limits[0] if all(each == limits[0] for each in limits) else None,
+        "table": make_grid("|".join([*names, "fits", "fullest rank", "of", "step ms", "max/mean"]),
                        "fullest rank|of|step ms|max/mean", rows)}
 
 

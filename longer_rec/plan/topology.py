@@ -54,8 +54,11 @@ _FORM = ("use RANKSxMEMORY or RANKSxPRESET with options, such as 8x80GB, 16xH100
 _OPTIONS = ("local", "host", "ssd", "intra", "inter", "device")
 
 
-def parse_topology(text: str) -> Hardware:
-    """The machine that a ``--topology`` describes; ``ConfigError`` names what cannot be understood."""
+def parse_topology(text: str, here: Hardware | None = None) -> Hardware:
+    """The machine that a ``--topology`` describes; ``ConfigError`` names what cannot be understood.
+
+    ``here`` saves measuring this machine again for "auto".
+    """
     head, _, tail = text.partition(":")
     match = re.fullmatch(r"(?:(\d+)x)?([\w.]+)", head.strip())
     if match is None:
@@ -64,7 +67,7 @@ def parse_topology(text: str) -> Hardware:
     if ranks is not None and not 1 <= ranks <= _MAX_RANKS:
         raise ConfigError(f"--topology {text!r} has {ranks} ranks; 1 to {_MAX_RANKS} can be planned for")
     options = _options(text, tail)
-    hardware = _base(text, match[2], options.pop("device", "cuda"))
+    hardware = here if here and match[2] == "auto" else _base(text, match[2], options.pop("device", "cuda"))
     ranks = ranks or hardware.world_size
     local = int(options.pop("local", min(ranks, hardware.ranks_per_host)))
     if not 1 <= local <= ranks or ranks % local:
@@ -136,7 +139,7 @@ def local_hardware() -> Hardware:
         ranks, memory = machine.num_cores(), machine.memory_bytes()
         rate = probe_bandwidth("cpu", 2) or _CPU_BW / 10
         return Hardware("auto", ranks, _MAX_RANKS, "cpu", memory // ranks, memory, 0, rate, rate, _CPU_BW, _CPU_BW,
-                        _CPU_FLOPS)
+                        _CPU_FLOPS, cores=ranks)
     like = next((preset for name, preset in PRESETS.items() if name in gpus[0]["name"]), PRESETS["A100"])
     return replace(like, name="auto", world_size=len(gpus), ranks_per_host=len(gpus),
                    device_bytes=gpus[0]["memory_bytes"], host_bytes=machine.memory_bytes(),

@@ -15,10 +15,11 @@ Section = dict[str, Any]
 
 def write_plan_page(path: Path, title: str, about: str, machines: Sequence[Section]) -> None:
     """One section a machine: ``name``, ``about``, and, where there are some, ``tiles``, ``searches``, ``tables``,
-    ``ranks`` (kind -> bytes by rank, with ``limit``), ``remedies`` and ``sweep``; tables are {head, rows} of text."""
+    ``bytes``, ``ranks`` (kind -> bytes by rank, with ``limit``), ``need``, ``remedies`` and ``sweep``; tables are
+    {head, rows, own} of text, ``own`` the row to mark."""
     pages = jinja2.Environment(loader=jinja2.PackageLoader("longer_rec.report", "."), autoescape=True,
                                undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    drawn = [{"tiles": (), "searches": None, "tables": None, "remedies": None, "need": None, **machine,
+    drawn = [{"tiles": (), "searches": None, "tables": None, "remedies": None, "need": None, "bytes": None, **machine,
               "ranks": _ranks(number, machine.get("ranks"), machine.get("limit")),
               "sweep": _sweep(number, machine.get("sweep"))} for number, machine in enumerate(machines)]
     page = pages.get_template("plan.html.j2").render(title=title, about=about, machines=drawn)
@@ -32,7 +33,8 @@ def _ranks(number: int, held: Mapping[str, Sequence[float]] | None, limit: float
     if held is None:
         return None
     chart = charts.rank_bytes(list(held.values()), limit, f"ranks{number}")
-    return {"legend": list(enumerate(held, start=1)), "chart": Markup(chart)}  # noqa: S704 - our own SVG
+    near = limit is not None and limit < 4 * max(map(sum, zip(*held.values(), strict=True)))
+    return {"legend": list(enumerate(held, start=1)), "limited": near, "chart": Markup(chart)}  # noqa: S704 - our own SVG
 
 
 def _sweep(number: int, sweep: Section | None) -> Section | None:

@@ -47,7 +47,8 @@ _MS = 1e-3
 @dataclass(frozen=True)
 class Hardware:
     """A cluster. Bytes are of one device (``device_bytes``, ``ssd_bytes``) or one host (``host_bytes``); rates are
-    bytes a second of one device in one direction, ``flops`` operations a second by precision."""
+    bytes a second of one device in one direction, ``flops`` operations a second by precision, ``cores`` what the ranks
+    of a host share (0: each rank has its own processor)."""
 
     name: str
     world_size: int
@@ -61,6 +62,7 @@ class Hardware:
     device_bw: float
     host_bw: float
     flops: Mapping[str, float]
+    cores: int = 0
 
     @property
     def host_bytes_per_rank(self) -> int:

@@ -1,0 +1,161 @@
+"""Predicted beside measured on this machine, and the constants that bring the two together."""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from longer_rec.config import build_config
+from longer_rec.data.history import Dataset
+from longer_rec.errors import ConfigError
+from longer_rec.job import Job, input_widths
+from longer_rec.model.longer import TowerConfig
+from longer_rec.model.memory import tower_bytes
+from longer_rec.plan.scenario import Constants, Outcome, Scenario, solve
+from longer_rec.plan.show import Grid, make_grid
+from longer_rec.plan.topology import parse_topology
+from longer_rec.report.numbers import format_bytes
+from longer_rec.sparse.planfile import save_plan
+
+
+class Measurement(Protocol):
+    """What measuring a job on some ranks gives; ``train.measure.Measured`` is one."""
+
+    @property
+    def seconds(self) -> dict[str, float]: ...
+    @property
+    def weights(self) -> list[int]: ...
+    @property
+    def optimizer(self) -> list[int]: ...
+    @property
+    def batches(self) -> list[list[tuple[list[int], list[int]]]]: ...
+    @property
+    def peaks(self) -> list[int]: ...
+
+
+Measure = Callable[[Job, int, int, Path], Measurement]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One number of ranks: what was planned for it, and what was measured with that very plan."""
+
+    outcome: Outcome
+    measured: Measurement
+
+    def bytes_of_tables(self) -> list[tuple[int, int]]:
+        """(predicted, measured) weights and optimizer state of each rank."""
+        held = self.outcome.held
+        return [(weights + optimizer, own_weights + own_optimizer) for weights, optimizer, own_weights, own_optimizer
+                in zip(held["weights"], held["optimizer"], self.measured.weights, self.measured.optimizer, strict=True)]
+
+    def bytes_of_activations(self) -> list[tuple[int, int]]:
+        """(predicted, measured) peak of each profiled step."""
+        scenario = self.outcome.scenario
+        job = scenario.job
+        if not isinstance(job.model, TowerConfig):
+            return []
+        value_bytes = 2 if job.train.precision == "bf16" else 4
+        return [(max(sum(tower_bytes(job.model, input_widths(scenario.schema, job), len(scenario.schema.tasks), *batch,
+                                     job.train.recompute, value_bytes).values()) for batch in own), peak)
+                for own, peak in zip(self.measured.batches, self.measured.peaks, strict=True)]
+
+
+def calibrate(job: Job, dataset: Dataset, measure: Measure, ranks: Sequence[int], num_steps: int) -> list[Compared]:
+    """Plan for each number of ranks on this machine, and run a few steps by that plan."""
+    compared = []
+    with tempfile.TemporaryDirectory(prefix="longer_rec-") as name:
+        folder = Path(name)
+        hardware = parse_topology("auto")
+        for number in ranks:
+            machine = parse_topology(f"{number}xauto", hardware)
+            # Steps 2 and on, of all workers: those that are timed.
+            num_workers = job.elastic.num_workers or number
+            own = Scenario(job, dataset, machine, batches=range(2 * num_workers, (2 + num_steps) * num_workers))
+            outcome = solve(own)
+            if outcome.found.plan is None:
+                raise ConfigError(f"no plan fits {number} ranks of this machine; see what `longer-rec plan` says to "
+                                  f"--topology {number}xauto")
+            path = folder / f"plan-{number}.json"
+            save_plan(outcome.found.plan, path)
+            planned = job.model_copy(update={"sparse": job.sparse.model_copy(update={"plan": str(path)})})
+            compared.append(Compared(outcome, measure(planned, number, num_steps, folder)))
+    return compared
+
+
+def fit(compared: Sequence[Compared]) -> Constants:
+    """Constants with the least squared relative error of all parts' seconds, none of them negative."""
+    names = [name for name in Constants.model_fields if name not in ("device", "activations")]
+    rows, ones = [], []
+    for one in compared:
+        for part, terms in one.outcome.terms.items():
+            seconds = one.measured.seconds.get(part, 0.0)
+            if seconds > 0:
+                rows.append([terms.get(name, 0.0) / seconds for name in names])
+                ones.append(1.0)
+    matrix, target = np.array(rows), np.array(ones)
+    free = list(range(len(names)))
+    values = np.zeros(len(names))
+    while free:
+        solved = np.linalg.lstsq(matrix[:, free], target, rcond=None)[0]
+        if (solved >= 0).all():
+            values[free] = solved
+            break
+        free = [column for column, value in zip(free, solved, strict=True) if value >= 0]
+    sizes = [pair for one in compared for pair in one.bytes_of_activations()]
+    factor = float(np.mean([measured / predicted for predicted, measured in sizes])) if sizes else 1.0
+    device = compared[0].outcome.scenario.hardware.device
+    return Constants(device=device, activations=factor,
+                     **{name: float(value) for name, value in zip(names, values, strict=True)})
+
+
+def predicted_seconds(one: Compared, constants: Constants) -> Mapping[str, float]:
+    """Seconds of each part with other constants."""
+    return {part: sum(getattr(constants, name) * value for name, value in terms.items())
+            for part, terms in one.outcome.terms.items()}
+
+
+def bytes_compared(compared: Sequence[Compared]) -> Grid:
+    """Predicted beside measured bytes; of the worst rank or step."""
+    rows = []
+    for one in compared:
+        for what, pairs in (("weights + optimizer", one.bytes_of_tables()),
+                            ("activations", one.bytes_of_activations())):
+            if pairs:
+                predicted, measured = max(pairs, key=lambda pair: abs(pair[0] / pair[1] - 1))
+                rows.append([str(one.outcome.scenario.hardware.world_size), what, format_bytes(predicted),
+                             format_bytes(measured), f"{predicted / measured - 1:+.1%}"])
+    return make_grid("ranks|bytes|predicted|measured|off by", "ranks|predicted|measured|off by", rows)
+
+
+def seconds_compared(compared: Sequence[Compared], constants: Constants) -> Grid:
+    """Measured seconds of each part beside those of the default and of the fitted constants."""
+    rows = []
+    for one in compared:
+        fitted, measured = predicted_seconds(one, constants), one.measured.seconds
+        rows += [[str(one.outcome.scenario.hardware.world_size), part,
+                  *(f"{1000 * value:.1f}" for value in (one.outcome.step_s[part], fitted[part], measured[part]))]
+                 for part in fitted if part in measured]
+    return make_grid("ranks|part|default ms|fitted ms|measured ms", "ranks|default ms|fitted ms|measured ms", rows)
+
+
+def save_calibration(constants: Constants, ranks: Sequence[int], path: Path) -> None:
+    """A small JSON file that ``--calibration`` reads."""
+    content = {"constants": constants.model_dump(), "ranks": list(ranks), "torch": str(torch.__version__)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def load_calibration(path: Path) -> Constants:
+    """The constants in a file that ``--calibrate`` wrote."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return build_config(Constants, content["constants"], str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--calibration {path} cannot be read: {' '.join(str(error).split())[:100]}; write one with "
+                          "--calibrate") from None
