@@ -35,7 +35,7 @@ def count_lookups(dataset: Dataset, max_events: int) -> dict[str, Lookups]:
     # How many windows cover an event is how many began minus how many ended; in any order of requests.
     start.sort()
     end.sort()
-    for first in range(int(start.min(initial=0)), int(end.max(initial=0)), _CHUNK_EVENTS):
+    for first in range(int(start[0]), int(end[-1]), _CHUNK_EVENTS):
         event = np.arange(first, min(first + _CHUNK_EVENTS, int(end[-1])))
         windows = np.searchsorted(start, event, "right") - np.searchsorted(end, event, "right")
         items += np.bincount(dataset.events.take("item", event), windows, minlength=len(items))

@@ -91,9 +91,9 @@ class CacheSimulation:
 def forecast_caches(plan: SparsePlan, lookups: Mapping[str, Floats], steps: Iterable[Step]) -> SparsePlan:
     """The plan with the expected hit rates of its cached tables, counted over the second half of ``steps``.
 
-    ``lru`` is what training uses, ``lfu`` what the other policy would give, ``static`` the share of a step's distinct
-    rows that are among the table's hottest, as many as its cache has slots: no policy that knows frequencies alone
-    does better in the long run. Tables of one kernel share one cache, in FBGEMM as here.
+    ``lfu`` and ``lru``, of which training uses ``cache_policy``, and ``static``: the share of a step's distinct rows
+    that are among the table's hottest, as many as its cache has slots, which is what a policy comes to that knows
+    frequencies and nothing else. Tables of one collection that lie alike share one cache, in FBGEMM as here.
     """
     cached = [table for table in plan.tables if table.kernel == "fused_uvm_caching"]
     if not cached:

@@ -7,6 +7,7 @@ Device memory, host memory behind a device cache, host memory alone, local SSD: 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from longer_rec.sparse.tables import SparseConfig, TableConfig
 
 # A table of which this share has earned device memory is held there whole: a cache's bookkeeping costs more.
 WHOLE_SHARE = 0.8
-# Below this share of lookups served, a cache costs more than reading host memory.
+# Below this share of fetches served, a cache costs more than reading host memory.
 MIN_COVERAGE = 0.1
 # What FBGEMM keeps on the device for a cached table of any width: id and last use of each slot; table and count of each
 # row. LRU has no counts and LFU no last use; both are reckoned with the larger of the two.
@@ -33,41 +34,46 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class TableDemand:
-    """One table as placement sees it: V rows, ``lookups`` of each per epoch (any unit that all tables share).
+    """One table as placement sees it: V rows, and for each the share of steps that look it up, ``fetches``.
 
     ``shares``: the part of the table that each rank holds, summing to 1. ``state_bytes`` of a row's optimizer state
     stay on the device with any kernel but SSD when ``state_on_device``, as FBGEMM does with row-wise Adagrad's.
     """
 
-    lookups: Floats
+    fetches: Floats
     weight_bytes: int
     state_bytes: int
     state_on_device: bool
     shares: Sequence[float]
 
+    @cached_property
+    def served(self) -> Floats:
+        """Fetches of the n hottest rows together, for n = 0 … V."""
+        return np.concatenate([[0.0], np.cumsum(np.sort(self.fetches)[::-1])])
+
     @property
     def whole_bytes(self) -> int:
-        return len(self.lookups) * (self.weight_bytes + self.state_bytes)
+        return len(self.fetches) * (self.weight_bytes + self.state_bytes)
 
     def device_bytes(self, rows: int) -> int:
         """With ``rows`` of the table on the device: all of them, some in a cache, or none."""
-        if rows == len(self.lookups):
+        if rows == len(self.fetches):
             return self.whole_bytes
-        state = len(self.lookups) * self.state_bytes if self.state_on_device else 0
-        cache = rows * (self.weight_bytes + _SLOT_BYTES) + len(self.lookups) * _ROW_BYTES
+        state = len(self.fetches) * self.state_bytes if self.state_on_device else 0
+        cache = rows * (self.weight_bytes + _SLOT_BYTES) + len(self.fetches) * _ROW_BYTES
         return state + (cache if rows else 0)
 
     def host_bytes(self, rows: int) -> int:
         """What is in host memory with ``rows`` on the device: nothing, or every row's weights."""
-        if rows == len(self.lookups):
+        if rows == len(self.fetches):
             return 0
-        return self.whole_bytes - (len(self.lookups) * self.state_bytes if self.state_on_device else 0)
+        return self.whole_bytes - (len(self.fetches) * self.state_bytes if self.state_on_device else 0)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A table's kernel; ``cache_load_factor`` is the cached part of its rows, ``coverage`` the lookups of the hottest
-    rows that would fill device memory exactly: what a cache that knew the future would serve."""
+    """A table's kernel; ``cache_load_factor`` is the cached part of its rows, ``coverage`` the share of its fetches
+    that go to as many of its hottest rows."""
 
     kernel: str
     cache_load_factor: float | None
@@ -90,17 +96,28 @@ class _Budget:
         return True
 
 
+def step_fetches(lookups: Floats, num_steps: float) -> Floats:
+    """Share of steps in which a row is looked up at least once, from its ``lookups`` in ``num_steps`` steps.
+
+    A step fetches a row once, however often it looks it up. As if lookups fell on steps independently (Poisson), which
+    overrates how many rows a step fetches by up to 15 %, and is within 3 points of the share of them that are among
+    the hottest (measured on two logs, docs/tiers.md).
+    """
+    return -np.expm1(-lookups / num_steps)
+
+
 def place_tables(demands: Mapping[str, TableDemand], device_bytes: int, host_bytes: int) -> dict[str, Placement]:
     """The memory of every table, given what each rank may take of device and host memory. A pure function:
 
     1. State that FBGEMM keeps on the device anyway is set aside.
-    2. Rows of all tables compete for device memory, in order of lookups per byte, hottest first. A row gets a place if
+    2. Rows of all tables compete for device memory, in order of fetches per byte, hottest first. A row gets a place if
        the ranks that hold its table have room; a table whose next rows find none is closed. So all tables share one
        threshold, as far as their ranks have equally much room.
-    3. A table of which 80 % of the rows got a place is held whole, if it fits: ``fused``.
-    4. Any other table whose places cover 10 % of its lookups or more is ``fused_uvm_caching``, with as large a cache as
+    3. A table of which 80 % of the rows got a place, or whose cache would be no smaller than itself, is held whole, if
+       it fits: ``fused``.
+    4. Any other table whose places cover 10 % of its fetches or more is ``fused_uvm_caching``, with as large a cache as
        it has places; the rest, which give theirs back, are ``fused_uvm``.
-    5. Where host memory cannot hold what is not wholly on the device, the tables with the fewest lookups per byte move
+    5. Where host memory cannot hold what is not wholly on the device, the tables with the fewest fetches per byte move
        to SSD (``key_value``) until it can.
 
     ``ConfigError`` when state alone does not fit (rule 1).
@@ -113,7 +130,7 @@ def place_tables(demands: Mapping[str, TableDemand], device_bytes: int, host_byt
                               "kernel; use more ranks, sparse.optimizer=sgd, or more memory")
     rows = _rows_on_device(demands, budget)
     for name in sorted(demands, key=lambda name: _density(demands[name])):
-        if rows[name] < len(demands[name].lookups) and _coverage(demands[name], rows[name]) < MIN_COVERAGE:
+        if rows[name] < len(demands[name].fetches) and _coverage(demands[name], rows[name]) < MIN_COVERAGE:
             rows[name] = 0
             budget.take(name, demands[name].device_bytes(0), demands[name].shares)
     on_ssd = _overflow(demands, rows, host_bytes)
@@ -122,9 +139,9 @@ def place_tables(demands: Mapping[str, TableDemand], device_bytes: int, host_byt
 
 def _placement(demand: TableDemand, rows: int, on_ssd: bool) -> Placement:
     coverage = _coverage(demand, rows)
-    if rows == len(demand.lookups):
+    if rows == len(demand.fetches):
         return Placement("fused", None, 1.0)
-    factor = math.floor(rows / len(demand.lookups) * 1e6) / 1e6 or None
+    factor = math.floor(rows / len(demand.fetches) * 1e6) / 1e6 or None
     if on_ssd:
         return Placement("key_value", factor, coverage)
     return Placement("fused_uvm_caching" if rows else "fused_uvm", factor, coverage)
@@ -139,8 +156,8 @@ def _rows_on_device(demands: Mapping[str, TableDemand], budget: _Budget) -> dict
         if name not in open_:
             continue
         demand = demands[name]
-        num_rows = len(demand.lookups)
-        if upto >= WHOLE_SHARE * num_rows:
+        num_rows = len(demand.fetches)
+        if upto >= WHOLE_SHARE * num_rows or demand.device_bytes(upto) >= demand.whole_bytes:
             open_.discard(name)
             if budget.take(name, demand.whole_bytes, demand.shares):
                 rows[name] = num_rows
@@ -156,25 +173,22 @@ def _rows_on_device(demands: Mapping[str, TableDemand], budget: _Budget) -> dict
 def _blocks(demand: TableDemand) -> list[tuple[float, int]]:
     """Rows from hot to cold, in at most 512 blocks that grow with their distance from the hottest.
 
-    (Lookups per byte in the block, rows up to its end.)
+    (Fetches per byte in the block, rows up to its end.)
     """
-    lookups = np.sort(demand.lookups)[::-1]
-    ends = np.unique(np.geomspace(1, len(lookups), min(len(lookups), _MAX_BLOCKS)).round().astype(np.int64))
+    num_rows = len(demand.fetches)
+    ends = np.unique(np.geomspace(1, num_rows, min(num_rows, _MAX_BLOCKS)).round().astype(np.int64))
     starts = np.concatenate([[0], ends[:-1]])
-    density = np.add.reduceat(lookups, starts) / (ends - starts) / (demand.weight_bytes + _SLOT_BYTES)
+    density = (demand.served[ends] - demand.served[starts]) / (ends - starts) / (demand.weight_bytes + _SLOT_BYTES)
     return list(zip(density.tolist(), ends.tolist(), strict=True))
 
 
 def _density(demand: TableDemand) -> float:
-    return float(demand.lookups.sum() / demand.whole_bytes)
+    return float(demand.served[-1] / demand.whole_bytes)
 
 
 def _coverage(demand: TableDemand, rows: int) -> float:
-    """Share of the lookups that go to the ``rows`` hottest rows."""
-    total = float(demand.lookups.sum())
-    if rows == 0 or total == 0:
-        return 0.0
-    return float(np.partition(demand.lookups, len(demand.lookups) - rows)[-rows:].sum()) / total
+    """Share of the fetches that go to the ``rows`` hottest rows."""
+    return float(demand.served[rows] / max(demand.served[-1], 1e-300))
 
 
 def _overflow(demands: Mapping[str, TableDemand], rows: Mapping[str, int], host_bytes: int) -> set[str]:
@@ -184,27 +198,27 @@ def _overflow(demands: Mapping[str, TableDemand], rows: Mapping[str, int], host_
     for name in sorted(demands, key=lambda name: _density(demands[name])):
         if np.max(used) <= host_bytes:
             break
-        if rows[name] < len(demands[name].lookups):
+        if rows[name] < len(demands[name].fetches):
             used = used - np.asarray(demands[name].shares) * demands[name].host_bytes(rows[name])
             on_ssd.add(name)
     return on_ssd
 
 
-def place_equally(tables: Iterable[TableConfig], lookups: Mapping[str, Floats], config: SparseConfig,
+def place_equally(tables: Iterable[TableConfig], fetches: Mapping[str, Floats], config: SparseConfig,
                   world: World) -> dict[str, Placement]:
     """Placement before it is known which rank holds what: every rank an equal part of every table."""
     shares = [1 / world.size] * world.size
-    demands = {table.name: _demand(table.embedding_dim, lookups[table.name], shares, config) for table in tables}
+    demands = {table.name: _demand(table.embedding_dim, fetches[table.name], shares, config) for table in tables}
     return _place(demands, config, world, replicated_bytes=0)
 
 
-def apply_placement(tables: Sequence[TablePlan], lookups: Mapping[str, Floats], config: SparseConfig,
+def apply_placement(tables: Sequence[TablePlan], fetches: Mapping[str, Floats], config: SparseConfig,
                     world: World) -> list[TablePlan]:
     """Tables that have their ranks, with the kernels that ``place_tables`` gives them; replicated ones keep theirs.
 
     ``ConfigError`` when one would have to go to SSD.
     """
-    demands = {table.table: _demand(table.dim, lookups[table.table], _shares(table, world.size), config)
+    demands = {table.table: _demand(table.dim, fetches[table.table], _shares(table, world.size), config)
                for table in tables if table.shards}
     replicated = sum(table.weight_bytes + table.optimizer_bytes for table in tables if not table.shards)
     places = _place(demands, config, world, replicated) if demands else {}
@@ -218,9 +232,9 @@ def plan_fields(placement: Placement, config: SparseConfig) -> dict[str, object]
             "cache_policy": config.cache_policy, "coverage": round(placement.coverage, 4)}
 
 
-def _demand(dim: int, lookups: Floats, shares: Sequence[float], config: SparseConfig) -> TableDemand:
+def _demand(dim: int, fetches: Floats, shares: Sequence[float], config: SparseConfig) -> TableDemand:
     state = {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1}[config.optimizer]
-    return TableDemand(lookups, dim * FLOAT_BYTES, state * FLOAT_BYTES, config.optimizer == "rowwise_adagrad", shares)
+    return TableDemand(fetches, dim * FLOAT_BYTES, state * FLOAT_BYTES, config.optimizer == "rowwise_adagrad", shares)
 
 
 def _shares(table: TablePlan, world_size: int) -> list[float]:

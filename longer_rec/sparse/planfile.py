@@ -51,7 +51,8 @@ class TablePlan(Config):
     exact: bool
     cache_load_factor: float | None = pydantic.Field(None, gt=0, le=1, description="cached part of the rows")
     cache_policy: CachePolicy = "lfu"
-    coverage: float | None = pydantic.Field(None, description="lookups that go to the rows the cache has room for")
+    coverage: float | None = pydantic.Field(None, description="share of fetches that go to as many rows as "
+                                           "the cache holds, the hottest")
     expected_hit_rate: dict[str, float] | None = None
 
 

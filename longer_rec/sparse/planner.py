@@ -23,6 +23,7 @@ from longer_rec.sparse.planfile import FLOAT_BYTES, Shard, SparsePlan, TablePlan
 from longer_rec.sparse.tables import (
     DIM_MULTIPLE,
     Collection,
+    KernelName,
     ShardingName,
     SparseConfig,
     check_names,
@@ -77,27 +78,27 @@ def allowed_types(pooled: bool, config: SparseConfig, device: torch.device, stri
 
 def build_plan(module: nn.Module, config: SparseConfig, world: World, batch_requests: int = 256,
                ids_per_request: Mapping[str, float] | None = None, strict: bool = False,
-               lookups: Mapping[str, Floats] | None = None) -> SparsePlan:
+               fetches: Mapping[str, Floats] | None = None) -> SparsePlan:
     """Where each table of ``module`` goes; a pure function, so that rank 0 may decide for all.
 
     ``batch_requests`` (per rank) and ``ids_per_request`` (mean number of ids by key, such as "history.item") tell
-    the planner how much is looked up; ``strict`` as in ``allowed_types``. ``lookups`` of each row, by table, decide
+    the planner how much is looked up; ``strict`` as in ``allowed_types``. ``fetches`` of each row, by table, decide
     the kernels with ``sparse.placement``. ``ConfigError`` when the tables cannot be split that way or do not fit.
     """
-    if config.placement == "auto" and lookups is None:
+    if config.placement == "auto" and fetches is None:
         raise ConfigError("sparse.placement=auto goes by how often each row is looked up, which only prepared data "
                           "tells; give data.dir, or set sparse.kernel instead")
     collections = find_collections(module)
     if isinstance(config.plan, str) and config.plan == "auto":
-        tables = _automatic(module, collections, config, world, strict, batch_requests, ids_per_request or {}, lookups)
+        tables = _automatic(module, collections, config, world, strict, batch_requests, ids_per_request or {}, fetches)
     elif isinstance(config.plan, str) and config.plan not in _TYPES:
         plan = load_plan(Path(config.plan))
         check_plan(plan, module, config, world, strict)
         return plan
     else:
         tables = _explicit(collections, config, world, strict)
-    if lookups is not None:
-        tables = apply_placement(tables, lookups, config, world)
+    if fetches is not None:
+        tables = apply_placement(tables, fetches, config, world)
     plan = SparsePlan(world_size=world.size, ranks_per_host=world.local_size, device=world.device.type,
                       tables=tuple(tables))
     check_plan(plan, module, config, world, strict)
@@ -123,6 +124,10 @@ def check_plan(plan: SparsePlan, module: nn.Module, config: SparseConfig, world:
         reason = allowed_types(table.pooled, config, world.device, strict)[table.sharding_type]
         if reason:
             raise ConfigError(f"table {table.table!r} cannot be {table.sharding_type}: {reason}")
+        kernels = ("dense",) if table.sharding_type == "data_parallel" else get_args(KernelName)
+        if table.kernel not in kernels:
+            raise ConfigError(f"the plan gives {table.sharding_type} table {table.table!r} kernel {table.kernel!r}; "
+                              f"use {' or '.join(kernels)} (key_value, on SSD, needs CUDA and cannot be trained here)")
         if max(table.ranks) >= world.size:
             raise ConfigError(f"the plan puts table {table.table!r} on rank {max(table.ranks)}; "
                               f"the run has ranks 0 to {world.size - 1}")
@@ -207,10 +212,10 @@ def _table_plan(path: str, table: Any, pooled: bool, sharding_type: str, kernel:
 
 def _automatic(module: nn.Module, collections: Mapping[str, Collection], config: SparseConfig, world: World,
                strict: bool, batch_requests: int, ids_per_request: Mapping[str, float],
-               lookups: Mapping[str, Floats] | None) -> list[TablePlan]:
+               fetches: Mapping[str, Floats] | None) -> list[TablePlan]:
     constraints = {}
     every = [table for collection in collections.values() for table in table_configs(collection)]
-    places = place_equally(every, lookups, config, world) if lookups is not None else {
+    places = place_equally(every, fetches, config, world) if fetches is not None else {
         table.name: Placement(config.kernel, None, 0.0) for table in every}
     for collection in collections.values():
         reasons = allowed_types(isinstance(collection, EmbeddingBagCollection), config, world.device, strict)

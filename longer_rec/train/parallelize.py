@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from longer_rec.runtime.distributed import World, on_main
 from longer_rec.sparse.cache import forecast_caches
 from longer_rec.sparse.init import initialize_tables
 from longer_rec.sparse.optimizers import RankerOptimizer
+from longer_rec.sparse.placement import step_fetches
 from longer_rec.sparse.planfile import SparsePlan
 from longer_rec.sparse.planner import build_plan
 from longer_rec.sparse.sharding import shard_ranker
@@ -84,11 +86,16 @@ def plan_tables(ranker: Ranker, job: Job, dataset: Dataset, world: World, foreca
 
     ``forecast`` adds the hit rates to expect of cached tables, from the batches that training begins with.
     """
-    lookups = count_lookups(dataset, job.data.max_events) if job.sparse.placement else None
-    plan = build_plan(ranker, job.sparse, world, job.data.batch_requests,
-                      ids_per_request(dataset, job.data.max_events), job.elastic.is_strict, lookups)
-    if not forecast or lookups is None:
-        return plan
+    plan = partial(build_plan, ranker, job.sparse, world, job.data.batch_requests,
+                   ids_per_request(dataset, job.data.max_events), job.elastic.is_strict)
+    if job.sparse.placement is None:
+        return plan()
+    lookups = count_lookups(dataset, job.data.max_events)
     num_workers = resolve_num_workers(job.elastic, world.size)
-    num_steps = min(200, max(4, 20_000 // (num_workers * job.data.batch_requests)))
-    return forecast_caches(plan, lookups, replay_lookups(dataset, job.data, job.seed, num_workers, num_steps))
+    step_requests = num_workers * job.data.batch_requests
+    placed = plan({table: step_fetches(count, dataset.num_requests("train") / step_requests)
+                   for table, count in lookups.items()})
+    if not forecast:
+        return placed
+    num_steps = min(200, max(4, 20_000 // step_requests))  # some seconds at 10 ms for 64 requests of 540 events
+    return forecast_caches(placed, lookups, replay_lookups(dataset, job.data, job.seed, num_workers, num_steps))
