@@ -25,7 +25,7 @@ from tests.reference.commands import CommandServer
 from tests.reference.processes import Forked, fork, until
 
 SHORT = ("train.epochs=0.2", "train.checkpoint_every=100", "train.log_every=1", "train.eval_requests=50",
-         "data.max_events=200", "train.timeout_s=5")
+         "data.max_events=200", "train.timeout_s=30")
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -141,7 +141,8 @@ def test_ranks_of_a_killed_torchrun_agent_save_and_end(synthetic: Path, tmp_path
 
 def test_a_rank_that_is_stopped_under_torchrun_is_named_by_the_others(synthetic: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    with torchrun(tmp_path / "agent", *SHORT, "train.epochs=2", f"run_dir={run_dir}", f"data.dir={synthetic}") as agent:
+    with torchrun(tmp_path / "agent", *SHORT, "train.epochs=2", "train.timeout_s=5", f"run_dir={run_dir}",
+                  f"data.dir={synthetic}") as agent:
         until(lambda: steps(run_dir) >= 2, 60, agent)
         ranks = [one for one in agent.family() if one.ppid() == agent.pid]
         stopped = next(one for one in ranks if one.environ()["RANK"] == "1")
