@@ -1,8 +1,9 @@
 """Sharding plans for machines that are not there: TorchRec's proposers and partitioners over our count of bytes.
 
 The search is TorchRec's (``EmbeddingShardingPlanner.plan``) without the work whose outcome is known: a proposal that
-cannot fit, or whose best possible rating is no better than the best plan's, is not partitioned, and proposals are told
-apart without hashing their shards. Proposers that ignore feedback, all but dynamic programming, give the same plan.
+cannot fit, or whose best possible rating is no better than the best plan's, is not partitioned, proposals are told
+apart without hashing their shards, and equal shards are estimated once. Proposers that ignore feedback, all but dynamic
+programming, give the same plan (``benchmarks/bench_planner.py`` compares).
 """
 
 import time
@@ -22,7 +23,8 @@ from torchrec.distributed.planner.proposers import (
     GridSearchProposer,
     UniformProposer,
 )
-from torchrec.distributed.planner.types import PlannerError, ShardingOption, Storage
+from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
+from torchrec.distributed.planner.types import PlannerError, ShardEstimator, ShardingOption, Storage
 from torchrec.distributed.planner.utils import reset_shard_rank
 
 from longer_rec.errors import ConfigError
@@ -149,7 +151,8 @@ def build_space(module: nn.Module, config: SparseConfig, hardware: Hardware, bat
         hbm_mem_bw=hardware.device_bw * _MS, ddr_mem_bw=hardware.host_bw * _MS if on_gpu else hardware.device_bw * _MS,
         hbm_to_ddr_mem_bw=hardware.host_bw * _MS, intra_host_bw=hardware.intra_bw * _MS,
         inter_host_bw=hardware.inter_bw * _MS)
-    enumerator = EmbeddingEnumerator(topology, batch_requests, constraints)
+    enumerator = EmbeddingEnumerator(topology, batch_requests, constraints,
+                                     OncePerSize(EmbeddingPerfEstimator(topology, constraints)))
     options = enumerator.enumerate(module, build_sharders(config))
     space = Space(module, config, hardware, topology, options, 0.0)
     ids = {name: sum(constraint.pooling_factors) for name, constraint in constraints.items()}
@@ -162,6 +165,24 @@ def build_space(module: nn.Module, config: SparseConfig, hardware: Hardware, bat
             shard.storage = Storage(device, size.host) if on_gpu else Storage(0, device + size.host)
     space.seconds = time.perf_counter() - start
     return space
+
+
+class OncePerSize(ShardEstimator):
+    """Estimates each size of an option's shards once: 64 row blocks of one size cost what one costs."""
+
+    def __init__(self, estimator: EmbeddingPerfEstimator) -> None:
+        self._estimator = estimator
+
+    def estimate(self, sharding_options: list[ShardingOption], *arguments: Any, **named: Any) -> None:
+        every = [(option, option.shards) for option in sharding_options]
+        for option in sharding_options:
+            option.shards = list({tuple(shard.size): shard for shard in option.shards}.values())
+        self._estimator.estimate(sharding_options, *arguments, **named)
+        for option, shards in every:
+            perf = {tuple(shard.size): shard.perf for shard in option.shards}
+            for shard in shards:
+                shard.perf = perf[tuple(shard.size)]
+            option.shards = shards
 
 
 def shard_bytes(option: ShardingOption, size: Sequence[int], config: SparseConfig, hardware: Hardware,
