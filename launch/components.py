@@ -73,7 +73,37 @@ def train(
         })])
 
 
-def _check(config: str, *, nproc: int, gpu: int, **counts: int) -> None:
+def plan(
+    *overrides: str,
+    config: str,
+    topology: str,
+    out: str = "plan",
+    cpu: int = 2,
+    mem_mb: int = 16384,
+    image: str = "longer-rec",
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+) -> specs.AppDef:
+    """Plan the sharding for machines that are not there, on one node without a GPU.
+
+    Args:
+        overrides: settings on top of the configuration, and further options of `longer-rec plan`, after a lone "--"
+        config: YAML file, a path that holds here and in the job
+        topology: machines to plan for: 8x80GB, 16xH100
+        out: directory for plan.json and plan.html
+        cpu: cores of the node
+        mem_mb: memory of the node
+        image: container image with the package installed and the repository as its working directory
+        mounts: mounts of the container: type=volume,src=CLAIM,dst=/storage
+    """
+    _check(config, cpu=cpu, mem_mb=mem_mb)
+    arguments = ["plan", config, "--topology", topology, "--out", out, *overrides]
+    return specs.AppDef(name="longer-rec", roles=[specs.Role(
+        name="plan", image=image, entrypoint="longer-rec", args=[part.replace("$", "$$") for part in arguments],
+        resource=specs.Resource(cpu=cpu, gpu=0, memMB=mem_mb), mounts=specs.parse_mounts(mounts) if mounts else [],
+        env={"OMP_NUM_THREADS": "1"})])
+
+
+def _check(config: str, *, nproc: int = 1, gpu: int = 0, **counts: int) -> None:
     """Refuse here what would fail on the cluster, after a wait in its queue."""
     if not Path(config).is_file():
         raise ComponentValidationException(f"--config {config} is no file here ({Path.cwd()}); give the path of a YAML "

@@ -1,5 +1,6 @@
 """Launching as on a cluster, with real ranks: torchx, the script of a pod, the doctor of a cluster."""
 
+import contextlib
 import json
 import os
 import re
@@ -32,8 +33,11 @@ def path(tmp_path: Path) -> str:
 
 
 def last_step(run_dir: Path) -> int:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return max(line["step"] for line in lines)
+    """The newest in the log, 0 before there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        text = (run_dir / "metrics.jsonl").read_text()
+        return max((json.loads(line)["step"] for line in text.splitlines() if line.endswith("}")), default=0)
+    return 0
 
 
 def test_torchx_trains_on_two_ranks_of_this_machine(synthetic: Path, tmp_path: Path, path: str) -> None:
@@ -60,34 +64,38 @@ def test_a_pod_that_is_evicted_has_all_pods_save_and_they_continue(synthetic: Pa
         free.bind(("", 0))
         port = str(free.getsockname()[1])
 
-    def start() -> list["subprocess.Popen[str]"]:
-        return [subprocess.Popen(
-            [*command, str(CONFIG), f"run_dir={run_dir}", f"data.dir={synthetic}", "data.max_events=20",
+    pods: list[subprocess.Popen[str]] = []
+
+    def start() -> None:
+        pods[:] = [subprocess.Popen(
+            [*command, "train", str(CONFIG), f"run_dir={run_dir}", f"data.dir={synthetic}", "data.max_events=20",
              "train.log_every=1", "train.epochs=20"], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, **RUN, "PATH": path, "HOSTS": "2", "RANKS": "1", "JOB_COMPLETION_INDEX": str(index),
-                 "MASTER_ADDR": "localhost", "MASTER_PORT": port}) for index in range(2)]
+                 "MASTER_ADDR": "localhost", "MASTER_PORT": port}, start_new_session=True) for index in range(2)]
 
-    pods = start()
-    deadline = time.monotonic() + 60
-    while not (run_dir / "metrics.jsonl").exists() or not (run_dir / "metrics.jsonl").read_text().count("\n"):
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in pods)
-        time.sleep(0.05)
-    pods[1].send_signal(signal.SIGTERM)
-    told = [process.communicate(timeout=60)[0] for process in pods]
-    assert [process.returncode for process in pods] == [3, 3], told
-    assert all("is saved, start again to continue" in text for text in told)
-    saved = last_step(run_dir)
-    assert 0 < saved < 1000
-    again = start()
-    deadline = time.monotonic() + 60
-    while last_step(run_dir) <= saved:
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in again)
-        time.sleep(0.05)
-    for process in again:
-        process.kill()
-        process.communicate(timeout=10)
+    def wait_for_step(number: int) -> None:
+        deadline = time.monotonic() + 150
+        while last_step(run_dir) < number:
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in pods)
+            time.sleep(0.05)
+
+    try:
+        start()
+        wait_for_step(1)
+        pods[1].send_signal(signal.SIGTERM)
+        told = [process.communicate(timeout=60)[0] for process in pods]
+        assert [process.returncode for process in pods] == [3, 3], told
+        assert all("is saved, start again to continue" in text for text in told)
+        saved = last_step(run_dir)
+        assert 0 < saved < 1000
+        start()
+        wait_for_step(saved + 1)
+    finally:
+        for process in pods:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate(timeout=10)
 
 
 def test_the_doctor_of_a_cluster_prints_once_and_fails_when_a_rank_differs(synthetic: Path, path: str) -> None:

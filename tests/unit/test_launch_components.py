@@ -51,11 +51,11 @@ def bash(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[st
 
 # torchx
 
-def render(scheduler: str, *arguments: str, **cfg: str) -> Any:
+def render(scheduler: str, *arguments: str, component: str = "train", **cfg: str) -> Any:
     """The request that torchx would send."""
     runner = pytest.importorskip("torchx.runner", reason="torchx is not installed: pip install -e .[launch]")
     with runner.get_runner() as session:
-        return session.dryrun_component(f"{COMPONENTS}:train", list(arguments), scheduler, cfg).request
+        return session.dryrun_component(f"{COMPONENTS}:{component}", list(arguments), scheduler, cfg).request
 
 
 def test_components_import_neither_torch_nor_the_package() -> None:
@@ -63,15 +63,26 @@ def test_components_import_neither_torch_nor_the_package() -> None:
     assert imports_any(COMPONENTS.read_text(), ["torchx"])
 
 
-def test_torchx_accepts_the_component_and_each_argument_is_described() -> None:
+@pytest.mark.parametrize("component", ["train", "plan"])
+def test_torchx_accepts_the_component_and_each_argument_is_described(component: str) -> None:
     linter = pytest.importorskip("torchx.specs.file_linter")
-    assert linter.validate(str(COMPONENTS), "train") == []
-    source = COMPONENTS.read_text()
-    signature = source[source.index("def train("):source.index(") -> specs.AppDef")]
+    assert linter.validate(str(COMPONENTS), component) == []
+    source = COMPONENTS.read_text().split(f"def {component}(")[1]
+    signature, docstring = source.split(") -> specs.AppDef:")[0], source.split('"""')[1]
     names = re.findall(r"(?m)^    \*?(\w+):", signature)
-    assert len(names) > 10
-    for name in names:
-        assert re.search(rf"(?m)^        {name}: \S", source), name
+    assert len(names) > 7
+    assert re.findall(r"(?m)^        (\w+): \S", docstring) == names
+
+
+def test_planning_is_one_command_on_one_node() -> None:
+    request = render("slurm", "--config", CONFIG, "--topology", "64x80GB:local=8", "--out", "plans/a", "--",
+                     "data.batch_requests=64", "--sweep", "gpus=8,16", component="plan")
+    replica, = request.replicas.values()
+    assert [replica.entrypoint, *replica.args] == [
+        "longer-rec", "plan", CONFIG, "--topology", "64x80GB:local=8", "--out", "plans/a", "data.batch_requests=64",
+        "--sweep", "gpus=8,16"]
+    with pytest.raises(Exception, match="configs/frist.yaml is no file here"):
+        render("slurm", "--config", "configs/frist.yaml", "--topology", "8x80GB", component="plan")
 
 
 @pytest.mark.parametrize(("name", "arguments"), [
