@@ -23,8 +23,8 @@ def count_lookups(dataset: Dataset, max_events: int) -> dict[str, Lookups]:
 
     Exact for histories, users and stored candidates. Negatives are drawn anew each epoch, so they count with their
     expectation: positives times negatives for each, shared out by the items' counts. Rows looked up by validation and
-    test alone count 0. One pass over the events of training histories, 4 million at a time: 0.1 s a million with four
-    features (2-core x86-64 machine, November 2026).
+    test alone count 0. One pass over the events of training histories, 4 million at a time: 0.3 s for completejourney's
+    1.2 million events and 125 thousand requests (one core of an AMD Zen 5, November 2026).
     """
     lookups = {name: np.zeros(rows) for name, rows in dataset.schema.num_rows.items()}
     train = dataset.split_rows("train")
