@@ -158,8 +158,8 @@ class Trainer:
                     self.save(checkpoints)
                 if result.num_stopping:
                     checkpoints.wait()
-                    raise Preempted(f"told to stop ({self.stop.received or 'another rank was'}); step {self.step:,} of "
-                                    f"{self.num_steps:,} is saved, start again to continue")
+                    raise Preempted(f"told to stop; step {self.step:,} of {self.num_steps:,} is saved, start again to "
+                                    "continue")
         checkpoints.wait()
         self.elapsed_s += self.clock.take()[1]
 
