@@ -22,13 +22,14 @@ def tower_bytes(config: TowerConfig, widths: InputWidths, num_tasks: int, histor
                 ) -> dict[str, int]:
     """Activations of one batch by part of ``LongerTower.parts``, and the user's "state", which lives until scored.
 
-    ``value_bytes`` is the width of a matmul's operands (2 under bf16). A part that is recomputed keeps nothing, but the
-    largest such part is there once while it runs again: it is listed as "recomputed".
+    ``value_bytes`` is the width of a matmul's operands (2 under bf16). A part that is recomputed keeps its inputs alone,
+    but its largest module is there once while it runs again: it is listed as "recomputed".
     """
     count = _Counter(config, widths, num_tasks, history_lengths, candidate_counts, value_bytes)
     parts = count.parts()
-    kept = {name: size for name, size in parts.items() if name not in recompute}
-    again = max((size for name, size in parts.items() if name in recompute), default=0)
+    kept = {name: sum(inputs + (0 if name in recompute else rest) for inputs, rest in sizes)
+            for name, sizes in parts.items()}
+    again = max((rest for name in recompute for _, rest in parts.get(name, [])), default=0)
     return {**kept, "recomputed": again, "state": count.state()}
 
 
@@ -54,11 +55,21 @@ class _Counter:
             self.layers.append((keys, queries))
             keys = queries
 
-    def parts(self) -> dict[str, int]:
-        cross, *own = [self._user_layer(*layer) + self._candidate_layer(layer[0]) for layer in self.layers]
-        parts = {"input": self._input(), "merge": self._merge(), "cross": cross, "self": sum(own),
-                 "head": self._head()}
-        return {**parts, "interaction": self._interaction()} if self.config.interaction is not None else parts
+    def parts(self) -> dict[str, list[tuple[int, int]]]:
+        """(what it is given, what else it keeps) of each module of a part."""
+        X = self.config.merged_width
+        cross, *own = [[(_FULL * X * sum(keys), self._user_layer(keys, queries)),
+                        (_FULL * X * self.N, self._candidate_layer(keys))] for keys, queries in self.layers]
+        cross.append((_FULL * X * sum(self.layers[0][0]) if self.user_globals else 0, 0))
+        # index_copy keeps what it copies: the events into groups, the merged tokens beside the globals.
+        merge = (_FULL * self.T * self.config.width if self.config.merge_size > 1 else 0, self._merge())
+        # Of the head's inputs, the norm before it keeps its own.
+        head = (self._head_inputs() + (self.N + sum(self.layers[-1][1])) * _FULL * (X + 2), self._head())
+        parts = {"input": [(0, self._input())], "merge": [merge], "cross": cross,
+                 "self": [module for layer in own for module in layer], "head": [head]}
+        if self.config.interaction is not None:
+            parts["interaction"] = [(0, self._interaction())]
+        return parts
 
     def state(self) -> int:
         """Keys and values of every layer, and the runs of matches."""
@@ -92,7 +103,7 @@ class _Counter:
 
     def _user_layer(self, keys: Sequence[int], queries: Sequence[int]) -> int:
         X, S, Q = self.config.merged_width, sum(keys), sum(queries)
-        size = S * (_FULL * (X + 2) + self.value * X)
+        size = S * (_FULL * 2 + self.value * X)
         if Q == 0:
             return size
         size += Q * (_INDEX + self.value * X) if Q < S else 0
@@ -102,7 +113,7 @@ class _Counter:
         config, N = self.config, self.N
         X, G = config.merged_width, config.num_candidate_tokens
         own_weights = self.C * config.heads * sum(own + 2 for own in range(G))
-        size = N * (_FULL * (X + 2) + 4 * X * self.value) + self.value * (own_weights + N * X)
+        size = N * (_FULL * 2 + 4 * X * self.value) + self.value * (own_weights + N * X)
         return size + self._attention(self.candidates, keys) + self._feed_forward(N)
 
     def _attention(self, queries: Sequence[int], keys: Sequence[int]) -> int:
@@ -128,7 +139,7 @@ class _Counter:
         statistics = num_statistics(interaction, len(interaction.fields or widths.item)) + context
         return self.value * self.C * (statistics + 2 * sum(interaction.hidden))
 
-    def _head(self) -> int:
+    def _head_inputs(self) -> int:
         config, widths, X = self.config, self.widths, self.config.merged_width
         has_ids = config.head.id_scale > 0
         candidate = config.num_candidate_tokens * X + has_ids * self.item + widths.num_item_dense
@@ -136,6 +147,7 @@ class _Counter:
             candidate += config.interaction.hidden[-1]
         user = (self.user_globals + (config.pooling == "globals+mean")) * X
         user += has_ids * sum(widths.user.values()) + widths.num_dense
-        last = self.N + sum(self.layers[-1][1])
-        values = self.C * (candidate + 2 * sum(config.head.hidden) + self.num_tasks) + self.B * user
-        return self.value * values + last * _FULL * (X + 2) + _INDEX * self.C
+        return self.value * (self.C * candidate + self.B * user)
+
+    def _head(self) -> int:
+        return self.value * self.C * (2 * sum(self.config.head.hidden) + self.num_tasks) + _INDEX * self.C
