@@ -236,3 +236,15 @@ def test_hit_rates_are_told_for_cached_tables_alone() -> None:
             assert f"fused_uvm_caching {table.cache_load_factor:.2%}, hits {rate['lfu']:.0%}" == format_kernel(
                 table.model_dump())
     assert forecast_caches(plan(), LOOKUPS, []) == plan()
+
+
+@pytest.mark.parametrize("choice", ["table_wise", "auto"])
+def test_a_plan_for_gpus_has_the_kernels_of_its_placement(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned without a GPU, by TorchRec's planner under the kernels that placement leaves it."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 1 << 30))
+    config = build_config(SparseConfig, {"default_dim": 16, "plan": choice, "placement": "auto",
+                                         "device_memory": 120_000}, "test")
+    world = World(rank=0, size=2, local_rank=0, local_size=2, device=torch.device("cuda", 0))
+    made = build_plan(build_tables(LARGER, config), config, world, fetches=LOOKUPS)
+    assert {"fused", "fused_uvm_caching"} <= {table.kernel for table in made.tables}
+    assert made == build_plan(build_tables(LARGER, config), config, world, fetches=LOOKUPS)
