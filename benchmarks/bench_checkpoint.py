@@ -26,7 +26,6 @@ from torch.distributed._shard.sharded_tensor import init_from_local_shards
 from torch.distributed._shard.sharded_tensor.shard import Shard
 
 from longer_rec.checkpoint.manager import CheckpointManager
-from longer_rec.runtime.digest import local_digest
 
 TOWER = {f"block_{i}.{name}": (256, width) for i in range(8) for name, width in (("attention", 1024), ("ffn", 2048))}
 
@@ -80,8 +79,7 @@ def measure(rank: int, arguments: argparse.Namespace, directory: Path) -> dict[s
     state = build_state(rank, arguments.ranks, arguments.table_mb)
     step = Step(state, arguments.step_s)
     times: dict[str, list[float]] = {name: [] for name in (
-        "undisturbed", "beside", "save", "save_async", "first", "first, prepared",
-        "digest", "write")}
+        "undisturbed", "beside", "save", "save_async", "first", "first, prepared", "write")}
     number = 0
 
     def held(call: Callable[..., object], name: str) -> None:
@@ -102,7 +100,6 @@ def measure(rank: int, arguments: argparse.Namespace, directory: Path) -> dict[s
         times["undisturbed"] += [step() for _ in range(arguments.steps)]
         held(manager.save, "save")
         times["undisturbed"] += [step() for _ in range(arguments.steps)]
-        held(digest, "digest")
         start = time.perf_counter()
         held(manager.save_async, "save_async")
         # Until the checkpoint stands on both ranks, so that both take the same number of steps.
@@ -111,12 +108,6 @@ def measure(rank: int, arguments: argparse.Namespace, directory: Path) -> dict[s
         times["write"].append(time.perf_counter() - start)
         manager.wait()
     return times
-
-
-def digest(number: int, state: dict[str, dict[str, Tensor]], extra: dict[str, int]) -> None:
-    for values in state.values():
-        for value in values.values():
-            local_digest(value)
 
 
 def everywhere(done: bool) -> bool:
@@ -161,8 +152,7 @@ def main() -> None:
           f"({len(times['beside'])}), {100 * (beside / step - 1):.0f} % longer")
     print("\n| call | held s, median | max | steps, median | max |\n|---|---|---|---|---|")
     for name, call in (("save", "save"), ("save_async", "save_async"), ("first", "save_async, the first of a run"),
-                       ("first, prepared", "save_async, the first, after prepare"),
-                       ("digest", "the digest that the trainer puts into a checkpoint")):
+                       ("first, prepared", "save_async, the first, after prepare")):
         median, worst = statistics.median(times[name]), max(times[name])
         print(f"| {call} | {median:.3f} | {worst:.3f} | {median / step:.2f} | {worst / step:.2f} |")
     print(f"\nfrom save_async to the commit: {statistics.median(times['write']):.2f} s")

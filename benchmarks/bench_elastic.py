@@ -1,7 +1,7 @@
 """What logical workers cost: a step beside a plain data-parallel step, eight workers on one process, and memory.
 
     longer-rec prepare completejourney --out data/completejourney
-    python benchmarks/bench_elastic.py configs/first.yaml
+    python -m benchmarks.bench_elastic configs/first.yaml
 
 Steps of the two sides alternate in blocks on the same batches, so that both see the same machine; figures are medians
 of the blocks' ratios.
@@ -10,7 +10,6 @@ of the blocks' ratios.
 import argparse
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -143,10 +142,9 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     print("| measurement | base | ms | ours | ms | ratio, median of blocks | range |\n|---|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory():
-        report("a step, 2 ranks", run_ranks(against_plain, 2, arguments.config, arguments.blocks, timeout_s=900)[0])
-        report("8 workers on one process",
-               run_ranks(eight_on_one, 1, arguments.config, arguments.blocks // 3, timeout_s=900)[0])
+    report("a step, 2 ranks", run_ranks(against_plain, 2, arguments.config, arguments.blocks, timeout_s=900)[0])
+    report("8 workers on one process",
+           run_ranks(eight_on_one, 1, arguments.config, arguments.blocks // 3, timeout_s=900)[0])
     print("\n| workers on one process | peak MiB above the model | looked up, MiB a worker |\n|---|---|---|")
     for num_workers in (1, 2, 4, 8, 16):
         found: dict[str, Any] = run_ranks(peak_memory, 1, arguments.config, num_workers, timeout_s=300)[0]
