@@ -22,8 +22,8 @@ def tower_bytes(config: TowerConfig, widths: InputWidths, num_tasks: int, histor
                 ) -> dict[str, int]:
     """Activations of one batch by part of ``LongerTower.parts``, and the user's "state", which lives until scored.
 
-    ``value_bytes`` is the width of a matmul's operands (2 under bf16). A part that is recomputed keeps its inputs alone,
-    but its largest module is there once while it runs again: it is listed as "recomputed".
+    ``value_bytes`` is the width of a matmul's operands (2 under bf16). A part that is recomputed keeps its inputs
+    alone, but its largest module is there once while it runs again: it is listed as "recomputed".
     """
     count = _Counter(config, widths, num_tasks, history_lengths, candidate_counts, value_bytes)
     parts = count.parts()

@@ -96,8 +96,7 @@ def _found(console: Console, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def _unfit(console: Console, scenario: Scenario) -> dict[str, Any]:
     """What is missing, and what would help."""
-    reserved = sum(scenario.fixed_bytes.values()) + scenario.headroom_bytes
-    free = scenario.hardware.device_bytes - reserved
+    free = scenario.hardware.device_bytes - scenario.reserved_bytes
     fixed = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in scenario.fixed_bytes.items())
     section = _head(scenario)
     section["about"] += (f". No plan fits: of {format_bytes(scenario.hardware.device_bytes)} a rank "

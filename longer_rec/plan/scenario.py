@@ -169,18 +169,13 @@ class Scenario:
     def fixed_bytes(self) -> dict[str, int]:
         """What every rank holds whatever the plan: looked-up rows, activations, and the tower with AdamW."""
         width = widths(self.schema, self.job.sparse)
-        rows = sum(self.ids_per_request.get(key, 1.0) * columns * 4 for key, columns in width.items()
-                   if key != "users" and not self._is_pooled(key))
-        rows += sum(columns * 4 for key, columns in width.items() if self._is_pooled(key))
+        pooled = {f"users.{feature.name}" for feature in self.schema.user_features if feature.multi_valued}
+        rows = sum((1.0 if key in pooled else self.ids_per_request.get(key, 1.0)) * columns * 4
+                   for key, columns in width.items())
         # Weights, two moments, gradients; and of the reduction the workers' subtrees, what is sent and received.
         vectors = 4 + max(1, math.ceil(math.log2(self.workers_per_rank + 1))) + 2
         return {"rows": int(rows * self.batch_requests_per_rank), "activations": sum(self.activation_parts.values()),
                 "dense": self.num_dense * 4 * vectors}
-
-    def _is_pooled(self, key: str) -> bool:
-        role, name = key.split(".", 1)
-        return role == "users" and any(feature.name == name and feature.multi_valued
-                                       for feature in self.schema.user_features)
 
     @property
     def num_dense(self) -> int:
@@ -189,6 +184,11 @@ class Scenario:
     @property
     def headroom_bytes(self) -> int:
         return int(_HEADROOM * self.hardware.device_bytes)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What tables and their exchange cannot have of a device."""
+        return sum(self.fixed_bytes.values()) + self.headroom_bytes
 
     @cached_property
     def flops(self) -> float:
@@ -202,9 +202,8 @@ class Scenario:
 
     def space(self) -> Space:
         """Every way to place the tables."""
-        reserved = sum(self.fixed_bytes.values()) + self.headroom_bytes
         return build_space(self.ranker, self.job.sparse, self.hardware, self.batch_requests_per_rank,
-                           self.ids_per_request, reserved, self.choices, self.job.elastic.is_strict)
+                           self.ids_per_request, self.reserved_bytes, self.choices, self.job.elastic.is_strict)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from longer_rec.errors import ConfigError
 from longer_rec.plan.scenario import Outcome, Scenario, solve
 from longer_rec.plan.topology import parse_bytes
-from longer_rec.sparse.planner import allowed_types
+from longer_rec.sparse.planfile import FLOAT_BYTES
+from longer_rec.sparse.planner import allowed_types, splittable
 from longer_rec.sparse.search import KERNELS, PARTITIONERS, PROPOSERS, Choice, ShardBytes, Space
 from longer_rec.sparse.tables import DIM_MULTIPLE
 
@@ -59,7 +60,7 @@ def _change(name: str, value: str, scenario: Scenario) -> Callable[[Scenario], S
             raise ConfigError(f"{where} is no kernel; use one of {', '.join(KERNELS)}")
         return lambda one: one.change(choices=_all_tables(one, kernels=(value,)))
     if name == "constraints":
-        return lambda one: one.change(choices=_all_tables(one, sharding_types=tuple(value.split("+"))))
+        return lambda one: one.change(choices=_of_types(one, value.split("+")))
     try:
         number = float(value) if name == "rows" else int(value)
     except ValueError:
@@ -86,6 +87,14 @@ def _with_ranks(scenario: Scenario, ranks: int) -> Scenario:
 
 def _all_tables(scenario: Scenario, **choice: Any) -> dict[str, Choice]:
     return {table.name: replace(scenario.choices.get(table.name, Choice()), **choice)
+            for table in scenario.tables}
+
+
+def _of_types(scenario: Scenario, types: list[str]) -> dict[str, Choice]:
+    """These sharding types for every table that is large enough for one of them."""
+    ranks = scenario.hardware.world_size
+    return {table.name: replace(scenario.choices.get(table.name, Choice()),
+                                sharding_types=tuple(splittable(types, table.num_embeddings, ranks)))
             for table in scenario.tables}
 
 
@@ -151,13 +160,19 @@ _Ladder = Iterable[tuple[str, Scenario]]
 
 
 def _more_ranks(scenario: Scenario) -> _Ladder:
-    """Host by host at first, then in growing strides: within a tenth of the least number."""
-    hosts = -(-scenario.hardware.world_size // scenario.hardware.ranks_per_host)
-    most = min(_MAX_RANKS, scenario.job.elastic.num_workers or _MAX_RANKS)
-    step = scenario.hardware.ranks_per_host
+    """Host by host at first, then in growing strides: within a tenth of the least number.
+
+    Begins where the tables, cut evenly, would fit; nothing where no number of ranks can help.
+    """
+    free = scenario.hardware.device_bytes - scenario.reserved_bytes
+    if free <= 0:
+        return
+    step, ranks = scenario.hardware.ranks_per_host, scenario.hardware.world_size
+    held = sum(table.num_embeddings * table.embedding_dim for table in scenario.tables) * FLOAT_BYTES
+    hosts = max(-(-ranks // step), -(-held // (free * step)) - 1)
+    most = min(_MAX_RANKS, 16 * max(ranks, hosts * step), scenario.job.elastic.num_workers or _MAX_RANKS)
     while (hosts := hosts + max(1, hosts // 10)) * step <= most:
-        yield (f"{hosts * step} ranks instead of {scenario.hardware.world_size}",
-               scenario.change(world_size=hosts * step))
+        yield f"{hosts * step} ranks instead of {ranks}", scenario.change(world_size=hosts * step)
 
 
 def _column_splits(scenario: Scenario) -> _Ladder:
@@ -166,8 +181,8 @@ def _column_splits(scenario: Scenario) -> _Ladder:
     if allowed_types(largest.name in scenario.pooled_tables, scenario.job.sparse,
                      torch.device(scenario.hardware.device), scenario.job.elastic.is_strict)["column_wise"]:
         return
-    columns = largest.embedding_dim
-    while columns % (2 * DIM_MULTIPLE) == 0:
+    columns = largest.embedding_dim if scenario.hardware.device_bytes > scenario.reserved_bytes else 0
+    while columns and columns % (2 * DIM_MULTIPLE) == 0:
         columns //= 2
         choice = Choice(("column_wise",), min_columns=columns)
         yield (f"table {largest.name!r} column_wise in shards of {columns} columns",
@@ -176,7 +191,7 @@ def _column_splits(scenario: Scenario) -> _Ladder:
 
 def _offloads(scenario: Scenario) -> _Ladder:
     """More and more of the largest tables behind host memory, with a device cache and then without."""
-    if scenario.hardware.device == "cpu":
+    if scenario.hardware.device == "cpu" or scenario.hardware.device_bytes <= scenario.reserved_bytes:
         return
     tables = sorted(scenario.tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
     for count in range(1, len(tables) + 1):

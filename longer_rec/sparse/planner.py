@@ -173,7 +173,7 @@ def place_table(path: str, collection: Collection, table: Any, sharding_type: st
     for shard in shards:
         load[shard.rank] += shard.sizes[0] * shard.sizes[1]
     pooled = isinstance(collection, EmbeddingBagCollection)
-    return _table_plan(path, table, pooled, sharding_type, config.kernel, shards, config, len(load))
+    return table_plan(path, table, pooled, sharding_type, config.kernel, shards, config, len(load))
 
 
 def _shards(sharding_type: str, table: str, rows: int, dim: int, load: list[int]) -> list[Shard]:
@@ -197,7 +197,7 @@ def _shards(sharding_type: str, table: str, rows: int, dim: int, load: list[int]
     return []
 
 
-def _table_plan(path: str, table: Any, pooled: bool, sharding_type: str, kernel: str, shards: list[Shard],
+def table_plan(path: str, table: Any, pooled: bool, sharding_type: str, kernel: str, shards: list[Shard],
                 config: SparseConfig, world_size: int) -> TablePlan:
     rows, dim = table.num_embeddings, table.embedding_dim
     replicated = sharding_type == "data_parallel"
@@ -223,7 +223,7 @@ def _automatic(module: nn.Module, collections: Mapping[str, Collection], config:
         types = [name for name, reason in reasons.items() if not reason and name != "data_parallel"]
         for table in table_configs(collection):
             constraints[table.name] = ParameterConstraints(
-                sharding_types=_splittable(types, table.num_embeddings, world.size),
+                sharding_types=splittable(types, table.num_embeddings, world.size),
                 # On a CPU every kernel is plain memory, and TorchRec's planner knows but one.
                 compute_kernels=[places[table.name].kernel if world.device.type == "cuda" else "fused"],
                 cache_params=cache_params(places[table.name].cache_load_factor, config.cache_policy),
@@ -240,7 +240,7 @@ def _automatic(module: nn.Module, collections: Mapping[str, Collection], config:
             for path, collection in collections.items() for table in table_configs(collection)]
 
 
-def _splittable(types: list[str], rows: int, world_size: int) -> list[str]:
+def splittable(types: list[str], rows: int, world_size: int) -> list[str]:
     """Without row-wise when its blocks would leave a rank empty."""
     if math.ceil(rows / world_size) * (world_size - 1) < rows:
         return types
@@ -251,7 +251,7 @@ def _from_proposal(path: str, table: Any, pooled: bool, sharding: Any, kernel: s
                    world_size: int) -> TablePlan:
     shards = [Shard(rank=shard.placement.rank(), offsets=tuple(shard.shard_offsets), sizes=tuple(shard.shard_sizes))
               for shard in (sharding.sharding_spec.shards if sharding.sharding_spec else ())]
-    return _table_plan(path, table, pooled, sharding.sharding_type, kernel, shards, config, world_size)
+    return table_plan(path, table, pooled, sharding.sharding_type, kernel, shards, config, world_size)
 
 
 def _topology(world: World) -> Topology:

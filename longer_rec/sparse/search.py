@@ -29,9 +29,7 @@ from torchrec.distributed.planner.utils import reset_shard_rank
 
 from longer_rec.errors import ConfigError
 from longer_rec.sparse.planfile import FLOAT_BYTES, Shard, SparsePlan
-from longer_rec.sparse.planner import _splittable as splittable
-from longer_rec.sparse.planner import _table_plan as table_plan
-from longer_rec.sparse.planner import allowed_types, build_sharders
+from longer_rec.sparse.planner import allowed_types, build_sharders, splittable, table_plan
 from longer_rec.sparse.tables import SparseConfig, check_names, find_collections, table_configs
 
 PROPOSERS: Mapping[str, Callable[[], Any]] = {

@@ -1,0 +1,132 @@
+"""``longer-rec plan``: what it writes, what it refuses, and that training keeps to it."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from longer_rec.config import load_config
+from longer_rec.data.history import open_dataset
+from longer_rec.job import Job
+from longer_rec.plan.calibrate import (
+    Compared,
+    calibrate,
+    fit,
+    load_calibration,
+    predicted_seconds,
+    save_calibration,
+)
+from longer_rec.plan.scenario import Constants, Scenario, solve
+from longer_rec.plan.topology import parse_topology
+from longer_rec.plan.whatif import remedies
+from longer_rec.sparse.planfile import load_plan
+from longer_rec.train.measure import measure_job
+from tests.integration.conftest import CONFIG, TINY
+from tests.reference.commands import CommandServer
+
+
+@pytest.fixture
+def job(synthetic: Path) -> Job:
+    return load_config(Job, CONFIG, [f"data.dir={synthetic}"])
+
+
+def test_training_accepts_the_plan_and_holds_what_it_says(commands: CommandServer, synthetic: Path, tmp_path: Path,
+                                                          run: Callable[..., Path]) -> None:
+    outcome = commands.run("plan", CONFIG, f"data.dir={synthetic}", *TINY[:-1], "--topology", "2x1GB:device=cpu",
+                           "--out", tmp_path / "plan")
+    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert "Searches" in outcome.out
+    plan = load_plan(tmp_path / "plan" / "plan.json")
+    assert {table.table for table in plan.tables} == set(open_dataset(synthetic).schema.num_rows)
+    page = (tmp_path / "plan" / "plan.html").read_text()
+    assert "rank 1" in page
+    assert not re.search(r"(?:src|href)=\"https?:", page), "the page is self-contained"
+    trained = run("planned", *TINY[:-1], f"sparse.plan={tmp_path / 'plan' / 'plan.json'}", "train.epochs=0.02")
+    assert load_plan(trained / "plan.json") == plan
+    same = commands.run("plan", "--diff", tmp_path / "plan" / "plan.json", trained / "plan.json")
+    assert (same.code, len(same.out.splitlines())) == (0, 1)
+
+
+def test_a_plan_for_another_model_is_refused_by_training(commands: CommandServer, synthetic: Path, tmp_path: Path
+                                                         ) -> None:
+    commands.run("plan", CONFIG, f"data.dir={synthetic}", "sparse.default_dim=16", "--topology", "1x1GB:device=cpu",
+                 "--out", tmp_path)
+    outcome = commands.run("train", CONFIG, f"data.dir={synthetic}", f"run_dir={tmp_path / 'run'}",
+                           f"sparse.plan={tmp_path / 'plan.json'}")
+    assert outcome.code == 2
+    assert re.fullmatch(r"longer-rec: .*the plan has no table '\w+' of 'sparse.ec.dim8'; .*\n", outcome.err), outcome
+
+
+def test_what_does_not_fit_is_explained_and_every_remedy_fits(commands: CommandServer, synthetic: Path, job: Job,
+                                                              tmp_path: Path) -> None:
+    outcome = commands.run("plan", CONFIG, f"data.dir={synthetic}", "--topology", "2x30MB:device=cpu", "--sweep",
+                           "batch=1,16", "--out", tmp_path)
+    assert (outcome.code, outcome.err) == (1, "")
+    for words in ("No plan fits: of 30 MiB a rank", "What each table needs at least", "instead of"):
+        assert words in outcome.out
+    assert not (tmp_path / "plan.json").exists()
+    assert "Any one of these makes it fit" in (tmp_path / "plan.html").read_text()
+    found = remedies(Scenario(job, open_dataset(job.data.dir), parse_topology("2x30MB:device=cpu")))
+    assert found
+    for remedy in found:
+        assert remedy.outcome.found.plan is not None
+        assert remedy.outcome.fullest <= 30 << 20
+        smaller = remedy.outcome.scenario.job.data
+        assert (smaller.batch_requests, smaller.max_events) != (job.data.batch_requests, job.data.max_events)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--topology", "8x80"], "'80' is not a size"),
+    (["--topology", "8x80GB", "--sweep", "gpu=3"], "--sweep 'gpu=3' cannot be read; use one of gpus, hbm"),
+    (["--topology", "8x80GB", "--sweep", "gpus=12"], "gpus=12 are not whole hosts of 8 ranks"),
+    (["--topology", "8x80GB", "--sweep", "batch=none"], "batch=none is not a number"),
+    (["--topology", "8x80GB", *["--sweep", "L=9"] * 3], "3 sweeps were asked for; use one or two"),
+    (["--topology", "8x80GB", "--constrain", "itm=row_wise"], "names table 'itm'"),
+    (["--topology", "8x80GB", "--proposer", "greed"], "'greed' is unknown; use greedy, uniform, grid, dynamic"),
+    (["--topology", "8x80GB", "--calibration", "none.json"], "none.json cannot be read"),
+    (["--calibrate", "two"], "two is not a list of numbers")])
+def test_bad_words_end_in_one_line(commands: CommandServer, synthetic: Path, tmp_path: Path, options: list[str],
+                                   message: str) -> None:
+    outcome = commands.run("plan", CONFIG, f"data.dir={synthetic}", *options, "--out", tmp_path)
+    assert outcome.code == 2
+    assert re.fullmatch(rf"longer-rec: [^\n]*{message}[^\n]*\n", outcome.err), outcome
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predicted_bytes_are_those_of_a_real_run(job: Job, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    compared = calibrate(job, open_dataset(job.data.dir), measure_job, [1, 2], 2)
+    assert [one.outcome.scenario.hardware.world_size for one in compared] == [1, 2]
+    for one in compared:
+        for predicted, measured in one.bytes_of_tables():
+            assert predicted == pytest.approx(measured, rel=0.05)
+        pairs = one.bytes_of_activations()
+        assert len(pairs) == 2
+        for predicted, measured in pairs:
+            assert predicted == pytest.approx(measured, rel=0.15)
+        assert set(one.outcome.step_s) == set(one.measured.seconds)
+    constants = fit(compared)
+    # The fit is nearer to what was measured than the constants it began with.
+    assert squared_error(compared, constants) <= squared_error(compared, Constants())
+    save_calibration(constants, [1, 2], tmp_path / "calibration.json")
+    assert load_calibration(tmp_path / "calibration.json") == constants
+
+
+def squared_error(compared: list[Compared], constants: Constants) -> float:
+    return sum((predicted_seconds(one, constants)[part] / seconds - 1) ** 2 for one in compared
+               for part, seconds in one.measured.seconds.items())
+
+
+def test_more_of_anything_takes_more_bytes_and_recomputing_fewer(job: Job) -> None:
+    base = Scenario(job, open_dataset(job.data.dir), parse_topology("8x80GB"))
+    fullest = solve(base).fullest
+    assert solve(base.change(batch_requests=32)).fullest > fullest
+    assert solve(base.change(max_events=100)).fullest < fullest
+    grown = solve(base.change(row_factor=50.0))
+    assert sum(grown.held["weights"]) == pytest.approx(50 * sum(solve(base).held["weights"]), rel=0.01)
+    less = job.model_copy(update={"train": job.train.model_copy(update={"recompute": ("cross", "self")})})
+    recomputed = solve(Scenario(less, base.dataset, base.hardware))
+    assert recomputed.fullest < fullest
+    assert recomputed.step_s["tower"] > solve(base).step_s["tower"]

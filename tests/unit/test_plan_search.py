@@ -1,0 +1,202 @@
+"""Topologies as text, and plans for machines that are not there."""
+
+import logging
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+
+from longer_rec.errors import ConfigError
+from longer_rec.plan.plans import plan_differences, plan_hash
+from longer_rec.plan.topology import PRESETS, parse_topology
+from longer_rec.plan.whatif import parse_constraints
+from longer_rec.runtime.distributed import World
+from longer_rec.schema import Feature, Schema, Table
+from longer_rec.sparse.optimizers import apply_table_optimizer
+from longer_rec.sparse.planner import check_plan
+from longer_rec.sparse.search import (
+    PARTITIONERS,
+    PROPOSERS,
+    Choice,
+    Hardware,
+    OncePerSize,
+    Space,
+    build_space,
+    find_plan,
+    search_proposals,
+)
+from longer_rec.sparse.tables import SparseConfig, build_tables
+
+GIB = 1 << 30
+SCHEMA = Schema(
+    tables=(Table(name="item", num_rows=40_000_000), Table(name="category", num_rows=900),
+            Table(name="tag", num_rows=70)),
+    item_features=(Feature(name="item", table="item"), Feature(name="category", table="category")),
+    user_features=(Feature(name="tags", table="tag", multi_valued=True),), tasks=("label",))
+IDS = {"history.item": 500.0, "history.category": 500.0, "candidates.item": 50.0, "candidates.category": 50.0}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def space(hardware: Hardware, choices: dict[str, Choice] | None = None, strict: bool = False, **sparse: Any) -> Space:
+    config = SparseConfig(**{"default_dim": 64, **sparse})
+    tables = build_tables(SCHEMA, config)
+    apply_table_optimizer(tables.parameters(), config)
+    return build_space(tables, config, hardware, 32, IDS, 2 * GIB, choices or {}, strict)
+
+
+def test_a_topology_says_ranks_hosts_memory_and_rates() -> None:
+    eight = parse_topology("8x80GB")
+    assert (eight.world_size, eight.ranks_per_host, eight.device, eight.device_bytes) == (8, 8, "cuda", 80 * GIB)
+    many = parse_topology("64x40GiB:local=4,host=1TB,ssd=2TB,intra=300GB/s,inter=400Gb/s")
+    assert (many.world_size, many.ranks_per_host) == (64, 4)
+    assert (many.host_bytes_per_rank, many.ssd_bytes) == (256 * GIB, 2048 * GIB)
+    assert (many.intra_bw, many.inter_bw, many.network_bw) == (3e11, 5e10, 5e10)
+    cpu = parse_topology("2x4GB:device=cpu")
+    assert (cpu.world_size, cpu.ranks_per_host, cpu.device, cpu.device_bytes) == (2, 2, "cpu", 4 * GIB)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_host_of_eight_and_scales(name: str) -> None:
+    assert parse_topology(name.lower()).world_size == 8
+    cluster = parse_topology(f"32x{name}")
+    assert (cluster.world_size, cluster.ranks_per_host) == (32, 8)
+    assert cluster.device_bytes == PRESETS[name].device_bytes
+    assert cluster.inter_bw < cluster.intra_bw < cluster.device_bw
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "cannot be read; use RANKSxMEMORY"), ("8 GPUs", "cannot be read"), ("0x80GB", "has 0 ranks; 1 to 4096"),
+    ("8x80", "'80' is not a size; use a number above 0"), ("8x0GB", "'0GB' is not a size"),
+    ("8xH10", "neither a size nor one of A100, H100, H200, B200 and auto; did you mean H100"),
+    ("8x80GB:local=3", "local=3 ranks a host do not divide 8"), ("8x80GB:local=x", "local=x is not a number"),
+    ("8x80GB:inter=fast", "inter='fast' is not a rate"), ("8x80GB:gpus=4", "'gpus=4' is not an option"),
+    ("8x80GB:device=tpu", "device=tpu is unknown; use cpu or cuda"), ("8x80GB:host", "'host' is not an option")])
+def test_a_topology_that_cannot_be_read_is_named(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_topology(text)
+
+
+def test_every_search_gives_the_plan_of_torchrecs_own_planner() -> None:
+    draw = random.Random(1)
+    module = nn.Module()
+    module.ebc = EmbeddingBagCollection(device=torch.device("meta"), tables=[
+        EmbeddingBagConfig(name=f"t{i}", num_embeddings=int(10 ** draw.uniform(3, 7)), feature_names=[f"f{i}"],
+                           embedding_dim=draw.choice([64, 128, 256])) for i in range(10)])
+    topology = Topology(world_size=8, local_world_size=4, compute_device="cuda", hbm_cap=2 * GIB)
+    sharders = [EmbeddingBagCollectionSharder()]
+    estimators = [OncePerSize(EmbeddingPerfEstimator(topology)), EmbeddingStorageEstimator(topology)]
+    for proposer in ("greedy", "uniform"):
+        for make in PARTITIONERS.values():
+            planner = EmbeddingShardingPlanner(
+                topology=topology, batch_size=512, proposer=PROPOSERS[proposer](), partitioner=make(), debug=False,
+                storage_reservation=FixedPercentageStorageReservation(0.0))
+            planner.plan(module, sharders)
+            expected = {option.name: (option.sharding_type, option.compute_kernel, [one.rank for one in option.shards],
+                                      [one.perf for one in option.shards]) for option in planner._best_plan or ()}
+            options = EmbeddingEnumerator(topology, 512, estimator=estimators).enumerate(module, sharders)
+            best, _, proposals, placed = search_proposals(options, topology, PROPOSERS[proposer](), make())
+            assert best is not None
+            assert {option.name: (option.sharding_type, option.compute_kernel, ranks,
+                                  [one.perf for one in option.shards]) for option, ranks in best} == expected
+            assert len(expected) == 10
+            assert placed < proposals or proposer == "uniform"
+
+
+def test_every_table_is_in_the_plan_and_its_bytes_add_up() -> None:
+    hardware = parse_topology("8x80GB")
+    for optimizer, state in (("rowwise_adagrad", 4), ("adagrad", 256), ("sgd", 0)):
+        found = find_plan(space(hardware, optimizer=optimizer))
+        assert found.plan is not None
+        assert {table.table for table in found.plan.tables} == {"item", "category", "tag"}
+        for table in found.plan.tables:
+            shards = [shard.size for shard in found.placed if shard.table == table.table]
+            assert sum(size.weights for size in shards) == table.rows * 256 == table.weight_bytes
+            assert sum(size.optimizer for size in shards) == table.rows * state == table.optimizer_bytes
+            assert sum(size.host for size in shards) == 0
+
+
+def test_a_plan_may_be_trained_and_says_what_is_wrong_with_it() -> None:
+    hardware = parse_topology("4x80GB")
+    searched = space(hardware)
+    plan = find_plan(searched).plan
+    assert plan is not None
+    world = World(0, 4, 0, 4, torch.device("cuda"))
+    check_plan(plan, searched.module, searched.config, world, strict=False)
+    other = SCHEMA.model_copy(update={"tables": (Table(name="item", num_rows=7), *SCHEMA.tables[1:])})
+    with pytest.raises(ConfigError, match="40000000 rows of 64, the model 7 rows of 64; plan again"):
+        check_plan(plan, build_tables(other, searched.config), searched.config, world, strict=False)
+
+
+def test_what_does_not_fit_has_no_plan_and_host_memory_helps() -> None:
+    small = parse_topology("2x4GB:host=64GB")
+    assert find_plan(space(small)).plan is None
+    for kernel in ("fused_uvm", "fused_uvm_caching"):
+        found = find_plan(space(small, {"item": Choice(kernels=(kernel,))}))
+        assert found.plan is not None
+        item = next(table for table in found.plan.tables if table.table == "item")
+        assert item.kernel == kernel
+        shards = [shard.size for shard in found.placed if shard.table == "item"]
+        assert sum(size.host for size in shards) == item.weight_bytes
+        # The state of row-wise Adagrad stays on the device.
+        assert sum(size.optimizer for size in shards) == item.optimizer_bytes
+    assert find_plan(space(parse_topology("2x4GB:host=4GB"), {"item": Choice(kernels=("fused_uvm",))})).plan is None
+
+
+def test_constraints_are_kept() -> None:
+    found = find_plan(space(parse_topology("4x80GB"), parse_constraints(["item=column_wise+columns:16"]),
+                            optimizer="adagrad"))
+    assert found.plan is not None
+    item = next(table for table in found.plan.tables if table.table == "item")
+    assert item.sharding_type == "column_wise"
+    assert {shard.sizes for shard in item.shards} == {(40_000_000, 16)}
+
+
+def test_a_strict_job_gets_types_that_do_not_depend_on_the_ranks() -> None:
+    found = find_plan(space(parse_topology("4x80GB"), strict=True))
+    assert found.plan is not None
+    assert all(table.exact for table in found.plan.tables)
+    with pytest.raises(ConfigError, match=r"'tag' cannot be row_wise: .*elastic.strict rules out"):
+        space(parse_topology("4x80GB"), {"tag": Choice(("row_wise",))}, strict=True)
+
+
+@pytest.mark.parametrize(("constraint", "message"), [
+    ("itm=row_wise", "--constrain names table 'itm'; did you mean 'item'"),
+    ("item=rowwise", "'item' cannot be rowwise: known are table_wise"),
+    ("item=column_wise", "'item' cannot be column_wise: rowwise_adagrad"),
+    ("item=data_parallel", "'item' cannot be data_parallel: sequence tables"),
+    ("item=key_value", "cannot use kernel 'key_value' on cuda; use one of fused"),
+    ("item=column_wise+columns:3", "columns:3 is not a positive multiple of 4"),
+    ("item", "cannot be read; use TABLE=TYPE"), ("item=", "cannot be read")])
+def test_a_constraint_that_cannot_be_kept_is_named(constraint: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        space(parse_topology("4x80GB"), dict(parse_constraints([constraint])))
+
+
+def test_a_plans_hash_and_differences_follow_what_it_says() -> None:
+    plans = [find_plan(space(parse_topology(text))).plan for text in ("8x80GB", "8x80GB", "4x80GB")]
+    first, again, other = plans
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert plan_hash(first) == plan_hash(again) != plan_hash(other)
+    assert plan_differences(first, again) == []
+    lines = plan_differences(first, other)
+    assert lines[0] == "world_size: 8 -> 4"
+    assert any(line.startswith("table 'item': ranks (0, 1, 2, 3, 4, 5, 6, 7) -> (0, 1, 2, 3)") for line in lines)
+    fewer = first.model_copy(update={"tables": first.tables[1:]})
+    assert plan_differences(first, fewer) == [f"table {first.tables[0].table!r}: only in the first"]
