@@ -24,11 +24,9 @@ from longer_rec.config import load_config
 from longer_rec.data.history import Dataset, open_dataset
 from longer_rec.data.loader import TrainLoader
 from longer_rec.job import Job
-from longer_rec.runtime.determinism import make_deterministic
 from longer_rec.runtime.distributed import World, joined_world
-from longer_rec.runtime.logging import quiet_libraries
-from longer_rec.runtime.memory import keep_freed_memory
 from longer_rec.train.parallelize import parallelize
+from longer_rec.train.run import prepare_process
 from longer_rec.train.trainer import Trainer
 from tests.reference.ranks import run_ranks
 
@@ -41,9 +39,7 @@ def build(config: Path, world: World, dataset: Dataset, num_workers: int) -> Tra
 
 
 def prepare(config: Path) -> Dataset:
-    quiet_libraries()
-    keep_freed_memory()
-    make_deterministic()
+    prepare_process()
     return open_dataset(load_config(Job, config, ["run_dir=unused"]).data.dir, verify=False)
 
 

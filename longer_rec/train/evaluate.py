@@ -13,7 +13,7 @@ from longer_rec.data.loader import DataConfig, EvalLoader
 from longer_rec.errors import Preempted
 from longer_rec.job import Precision
 from longer_rec.ranker import Ranker
-from longer_rec.runtime.distributed import World
+from longer_rec.runtime.distributed import World, on_main
 from longer_rec.runtime.preemption import StopSignal
 from longer_rec.train.metrics import evaluate_scores
 from longer_rec.train.precision import precision_context
@@ -27,8 +27,8 @@ def evaluate(ranker: Ranker, dataset: Dataset, split: str, config: DataConfig, w
     """AUC, LogLoss, NE, calibration and GAUC of ``split``, the same on every rank.
 
     Blocks of requests are dealt to the ranks; a rank that runs out of blocks joins the others' lookups with an empty
-    batch, because a lookup is a collective call. ``Preempted`` when ``stop`` received a signal. Scores of the whole
-    split meet on rank 0: 24 bytes a candidate.
+    batch, because a lookup is a collective call. Scores of the whole split meet on rank 0: 24 bytes a candidate.
+    ``Preempted`` when ``stop`` received a signal, ``DataError`` when a score is NaN.
     """
     was_training = ranker.training
     ranker.eval()
@@ -47,14 +47,13 @@ def evaluate(ranker: Ranker, dataset: Dataset, split: str, config: DataConfig, w
     ranker.train(was_training)
     gathered: list[list[tuple[int, FloatArray]] | None] = [None] * world.size
     dist.gather_object(scored, gathered if world.is_main else None)
-    result: list[dict[str, float] | None] = [None]
-    if world.is_main:
+
+    def joined() -> dict[str, float]:
         in_order = sorted((entry for part in gathered for entry in part or ()), key=lambda entry: entry[0])
         label, logit, user = np.concatenate([columns for _, columns in in_order], axis=1)
-        result[0] = evaluate_scores(label, logit, user.astype(np.int64))
-    dist.broadcast_object_list(result)
-    assert result[0] is not None
-    return result[0]
+        return evaluate_scores(label, logit, user.astype(np.int64))
+
+    return on_main(world, joined)
 
 
 def _raise_if_stopped(stop: StopSignal, split: str, world: World) -> None:

@@ -13,21 +13,18 @@ from longer_rec.train.digests import DIGESTS
 from longer_rec.train.run_dir import write_atomically
 
 Value = float | int | str | None
+_METRICS = "metrics.jsonl"
 
 
 class RunLog:
     """Appends one JSON object a line to ``metrics.jsonl`` and the same numbers to TensorBoard.
 
-    A resumed run first drops the lines after the step it resumes from, so that the file reads as if the run had
-    never been interrupted.
+    ``resumed_step`` is the step that the run continues from.
     """
 
     def __init__(self, directory: Path, resumed_step: int) -> None:
         self._digests = directory / DIGESTS
-        path = directory / "metrics.jsonl"
-        for existing in filter(Path.exists, (path, self._digests)):
-            _drop_lines_after(existing, resumed_step)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = (directory / _METRICS).open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
 
     def write(self, split: str, step: int, values: Mapping[str, Value]) -> None:
@@ -49,6 +46,15 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         self._file.close()
         self._board.close()
+
+
+def rewind_logs(directory: Path, step: int) -> None:
+    """Drop the lines after ``step``, so that the files read as if the run had never been interrupted.
+
+    ``CheckpointError`` names a damaged line.
+    """
+    for path in filter(Path.exists, (directory / _METRICS, directory / DIGESTS)):
+        _drop_lines_after(path, step)
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +20,10 @@ from longer_rec.data.loader import TrainLoader
 from longer_rec.elastic.assignment import resolve_num_workers
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job
-from longer_rec.runtime.determinism import make_deterministic
 from longer_rec.runtime.distributed import joined_world
-from longer_rec.runtime.logging import quiet_libraries
-from longer_rec.runtime.memory import keep_freed_memory
 from longer_rec.runtime.supervisor import supervise
 from longer_rec.train.parallelize import parallelize
+from longer_rec.train.run import prepare_process
 from longer_rec.train.trainer import Trainer
 
 _WARMUP_STEPS = 2
@@ -58,9 +56,7 @@ def measure_job(job: Job, num_ranks: int, num_steps: int, folder: Path) -> Measu
 
 
 def _measure_rank(job: Job, num_steps: int, path: Path) -> None:
-    quiet_libraries()
-    keep_freed_memory()
-    make_deterministic()
+    prepare_process()
     with joined_world(job.train.timeout_s) as world:
         dataset = open_dataset(job.data.dir, verify=False)
         num_workers = resolve_num_workers(job.elastic, world.size)
@@ -118,7 +114,7 @@ def _quiet() -> Iterator[None]:
         os.close(silent)
 
 
-def _table_bytes(state: dict[str, Any]) -> Sequence[int]:
+def _table_bytes(state: dict[str, Any]) -> tuple[int, int]:
     """Bytes of this rank's shards: weights, optimizer state."""
     held = {"model": 0, "optimizer": 0}
     for name, value in state.items():

@@ -20,7 +20,7 @@ from longer_rec.runtime.logging import quiet_libraries
 from longer_rec.runtime.memory import keep_freed_memory
 from longer_rec.runtime.preemption import StopSignal
 from longer_rec.sparse.planfile import save_plan
-from longer_rec.train.log import RunLog
+from longer_rec.train.log import RunLog, rewind_logs
 from longer_rec.train.parallelize import check_job, parallelize
 from longer_rec.train.replay import replay_step
 from longer_rec.train.run_dir import load_job, open_run_dir, read_run, write_atomically
@@ -35,7 +35,7 @@ def train(job: Job) -> list[Row] | None:
     Resumes each of them from its own newest checkpoint. Every fault of the configuration, the data or the run
     directory is raised on all ranks before a step is taken.
     """
-    _prepare_process()
+    prepare_process()
     with StopSignal() as stop, joined_world(job.train.timeout_s) as world:
         dataset = _open_data(job, world)
         jobs = [job, *baseline_jobs(job).values()]
@@ -53,6 +53,7 @@ def _train_one(job: Job, dataset: Dataset, world: World, stop: StopSignal, show_
     num_workers = resolve_num_workers(job.elastic, world.size)
     on_main(world, lambda: open_run_dir(job, dataset, num_workers))
     trainer, checkpoints = _restored_trainer(job, dataset, world, num_workers, stop)
+    on_main(world, lambda: rewind_logs(job.run_dir, trainer.step))
     if world.is_main:
         if show_plan:
             plan_table(trainer.parallel.plan.model_dump()["tables"])
@@ -70,7 +71,7 @@ def _train_one(job: Job, dataset: Dataset, world: World, stop: StopSignal, show_
 
 def evaluate_run(run_dir: Path, split: str) -> Row:
     """Metrics of a finished or interrupted run's newest checkpoint, on any number of ranks."""
-    _prepare_process()
+    prepare_process()
     job = load_job(run_dir)
     with joined_world(job.train.timeout_s) as world:
         dataset = _open_data(job, world, [split])
@@ -80,7 +81,7 @@ def evaluate_run(run_dir: Path, split: str) -> Row:
 
 def replay_run(run_dir: Path) -> list[str]:
     """Run the step again at which a run was given up, on one process; what is not finite in it, a line each."""
-    _prepare_process()
+    prepare_process()
     job, num_workers = load_job(run_dir), int(read_run(run_dir)["num_workers"])
     with joined_world(job.train.timeout_s) as world:
         dataset = _open_data(job, world, ["train"])
@@ -98,7 +99,8 @@ def load_run(job: Job, dataset: Dataset, world: World) -> Trainer:
     return trainer
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
+    """What every process that trains, evaluates or measures begins with."""
     quiet_libraries()
     keep_freed_memory()
     make_deterministic()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,15 @@ def test_bad_input_is_one_line_whatever_the_number_of_ranks(commands: CommandSer
     assert outcome.code == 2
     assert re.fullmatch(f"longer-rec: {message}\n", outcome.err), outcome.err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_log_is_one_fault_of_all_ranks(commands: CommandServer, synthetic: Path, tmp_path: Path,
+                                                 whole: Path) -> None:
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run"))
+    (run_dir / "metrics.jsonl").write_text("{\n")
+    outcome = commands.run("launch", CONFIG, f"run_dir={run_dir}", f"data.dir={synthetic}", *SHORT)
+    assert outcome.code == 2
+    assert outcome.err == f"longer-rec: {run_dir}/metrics.jsonl line 1 is damaged; remove that line to resume\n"
 
 
 def test_launch_trains_prints_its_results_and_leaves_what_train_leaves(commands: CommandServer, synthetic: Path,
