@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ import torch.distributed as dist
 import longer_rec
 from longer_rec.errors import ConfigError, LongerRecError
 from longer_rec.runtime.distributed import World
-from longer_rec.runtime.machine import numerics
+from longer_rec.runtime.machine import installed_version, numerics
 
 _SIZES = {"latency": 4, "1 MiB": 1 << 20, "64 MiB": 1 << 26}
 _REPEATS = 5
@@ -67,8 +66,8 @@ def check_cluster(world: World, data: Callable[[], str] | None = None) -> list[C
 def _own_facts(device: torch.device) -> dict[str, str]:
     """What has to be the same everywhere, and the host."""
     return {"host": socket.gethostname(), "longer_rec": f"{longer_rec.__version__} ({_source_digest()})",
-            "fbgemm": _version("fbgemm-gpu-cpu") or _version("fbgemm-gpu") or "none",
-            "torchrec": _version("torchrec") or "none",
+            "fbgemm": installed_version("fbgemm-gpu-cpu") or installed_version("fbgemm-gpu") or "none",
+            "torchrec": installed_version("torchrec") or "none",
             **{name: str(value) for name, value in numerics(device).items()}}
 
 
@@ -78,13 +77,6 @@ def _source_digest() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:8]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def compare_facts(facts: Sequence[Mapping[str, str]]) -> list[Check]:

@@ -1,9 +1,10 @@
-"""What this machine has: cores, memory, GPUs, limits."""
+"""What this machine has: cores, memory, GPUs, limits, packages."""
 
 import os
 import platform
 import resource
 import shutil
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ def machine_facts() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpus": gpus(),
     }
+
+
+def installed_version(package: str) -> str | None:
+    """None for a package that is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def numerics(device: torch.device) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -44,13 +43,8 @@ def run_doctor(quick: bool = False) -> list[Check]:
 
 def installed_versions() -> dict[str, str]:
     """Version of each package of the set that is installed."""
-    found = {}
-    for name in ("torch", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchrec", "torchmetrics", "tensordict"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    names = ("torch", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchrec", "torchmetrics", "tensordict")
+    return {name: version for name in names if (version := machine.installed_version(name))}
 
 
 def install_line(torch_version: str, cuda: bool) -> str:

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -19,10 +18,11 @@ from longer_rec.config import dump_config, load_config
 from longer_rec.data.history import Dataset
 from longer_rec.errors import CheckpointError
 from longer_rec.job import Job, changed_keys
-from longer_rec.runtime.machine import machine_facts
+from longer_rec.runtime.machine import installed_version, machine_facts
 
 _LOCK = "lock"
 _locks: list[TextIO] = []
+_RUN_KEYS = {"num_workers", "data", "config_sha256"}
 _PACKAGES = ("torch", "fbgemm-gpu", "fbgemm-gpu-cpu", "torchrec", "polars", "pyarrow")
 
 
@@ -121,6 +121,9 @@ def read_run(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory} is no readable run directory: run.json: {error}; give one that "
                               "`longer-rec train` wrote") from None
+    if not isinstance(content, dict) or not content.keys() >= _RUN_KEYS:
+        raise CheckpointError(f"{directory / 'run.json'} is not what this version of `longer-rec train` writes; use "
+                              "the version that wrote it, or choose another run_dir")
     return content
 
 
@@ -133,7 +136,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def _describe_run(dataset: Dataset, num_workers: int) -> dict[str, Any]:
     return {
-        "versions": {"longer_rec": longer_rec.__version__, **{name: _version(name) for name in _PACKAGES}},
+        "versions": {"longer_rec": longer_rec.__version__, **{name: installed_version(name) for name in _PACKAGES}},
         "machine": machine_facts(),
         "git_commit": _git_commit(),
         "started": _now(),
@@ -146,18 +149,11 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _git_commit() -> str | None:
     """The commit of the source this package runs from; None outside a checkout."""
     try:
         answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
                                 text=True, timeout=10, check=False)
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None

@@ -220,6 +220,16 @@ def test_a_run_with_a_truncated_file(commands: CommandServer, trained: Path, nam
     assert contents(trained) == before
 
 
+def test_a_run_that_another_version_has_written(commands: CommandServer, trained: Path) -> None:
+    run = json.loads((trained / "run.json").read_text())
+    del run["config_sha256"]
+    (trained / "run.json").write_text(json.dumps(run))
+    before = contents(trained)
+    for arguments in (("train", trained / "config.yaml", f"run_dir={trained}"), ("eval", trained)):
+        assert_one_line(commands.run(*arguments), r"run\.json is not what this version .*; use the version that")
+        assert contents(trained) == before
+
+
 def test_a_log_with_a_damaged_line_is_refused_and_one_torn_at_its_end_is_not(commands: CommandServer,
                                                                             trained: Path) -> None:
     config, log = trained.with_name("config.yaml"), trained / "metrics.jsonl"
