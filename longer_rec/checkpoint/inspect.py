@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from longer_rec.checkpoint.manager import CheckpointManager
 from longer_rec.checkpoint.manifest import MANIFEST, Manifest, TensorEntry, damaged_files, read_manifest
 from longer_rec.checkpoint.tensors import iterate_tensors
 from longer_rec.errors import CheckpointError
-from longer_rec.runtime.digest import combined_digest
+from longer_rec.runtime.digest import as_integers, combined_digest
 
 _TABLE = re.compile(r"\bembedding(?:_bag)?s\.(.+)\.weight$")
 _POSITION = ("name", "step", "epoch", "samples", "num_workers", "world_size", "data_fingerprint")
@@ -69,9 +67,9 @@ def diff_checkpoints(a: Path, b: Path) -> CheckpointDifference:
     differences = [_describe_mismatch(key, manifest_a.tensors.get(key), manifest_b.tensors.get(key))
                    for key in sorted(manifest_a.tensors.keys() | manifest_b.tensors.keys()) if key not in common]
     for (key, value_a), (_, value_b) in zip(iterate_tensors(a, common), iterate_tensors(b, common), strict=True):
-        unequal = _bits(value_a) != _bits(value_b)
+        unequal = as_integers(value_a) != as_integers(value_b)
         if bool(unequal.any()):
-            change = (value_a.double() - value_b.double())[unequal.view(value_a.shape)].abs().max().item()
+            change = (value_a.double() - value_b.double())[unequal].abs().max().item()
             differences.append(TensorDifference(key, "values", f"{int(unequal.sum())} of {value_a.numel()} values, "
                                                 f"by {change:.3g} at most"))
     keys = sorted(manifest_a.extra.keys() | manifest_b.extra.keys())
@@ -190,10 +188,3 @@ def _describe_mismatch(key: str, a: TensorEntry | None, b: TensorEntry | None) -
     if a.shape != b.shape:
         return TensorDifference(key, "shape", f"{a.shape} and {b.shape}")
     return TensorDifference(key, "type", f"{a.dtype} and {b.dtype}")
-
-
-def _bits(value: torch.Tensor) -> torch.Tensor:
-    """Values as integers of their size, so that NaN equals itself and 0.0 is not -0.0."""
-    if not value.is_floating_point():
-        return value
-    return value.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])

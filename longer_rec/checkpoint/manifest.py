@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 
@@ -36,7 +36,7 @@ class Manifest(Config):
     caller's: data cursor and fingerprint, world size, and the like.
     """
 
-    version: int = 2
+    version: Literal[2] = 2
     step: int = pydantic.Field(ge=0)
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
@@ -74,12 +74,9 @@ def read_manifest(directory: Path) -> Manifest:
     if digest != _digest(content):
         raise CheckpointError(f"{path} is damaged: it does not match its own digest; use another checkpoint")
     try:
-        manifest = build_config(Manifest, content, str(path))
+        return build_config(Manifest, content, str(path))
     except ConfigError as error:
         raise CheckpointError(f"{error}; it was written by another version: use that one") from None
-    if manifest.version != 2:
-        raise CheckpointError(f"{path} has version {manifest.version}, this program reads version 2")
-    return manifest
 
 
 def damaged_files(directory: Path, files: Iterable[tuple[str, FileEntry]]) -> list[str]:

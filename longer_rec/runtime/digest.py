@@ -30,10 +30,14 @@ def block_digest(block: Tensor, offsets: tuple[int, ...] = ()) -> Tensor:
     column = _multipliers(first_column, num_columns, 1, block.device)
     step = max(1, _CHUNK_VALUES // num_columns)
     for start in range(0, num_rows, step):
-        part = rows[start:start + step].contiguous()
-        bits = part.view(_INTEGERS[part.element_size()]).to(torch.int64)
-        total += ((bits * column).sum(1) * _multipliers(first_row + start, len(part), 2, block.device)).sum()
+        bits = as_integers(rows[start:start + step].contiguous()).to(torch.int64)
+        total += ((bits * column).sum(1) * _multipliers(first_row + start, len(bits), 2, block.device)).sum()
     return total
+
+
+def as_integers(value: Tensor) -> Tensor:
+    """The same bits as integers of their size, so that NaN equals itself and 0.0 is not -0.0."""
+    return value.view(_INTEGERS[value.element_size()])
 
 
 def local_digests(state: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:

@@ -6,7 +6,7 @@ import threading
 from types import FrameType
 from typing import Self
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignal:
@@ -20,7 +20,7 @@ class StopSignal:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        for number in _SIGNALS:
+        for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -38,10 +38,10 @@ def leave_stopping_to_parent() -> None:
     Launchers and schedulers signal the ranks and their helpers alike, and a rank whose data process has gone cannot
     finish its step and save.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def wait() -> None:
-        while signal.sigwaitinfo(_SIGNALS).si_pid != os.getppid():
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
             pass
         os._exit(0)
 

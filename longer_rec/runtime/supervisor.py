@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Self
 
 from longer_rec.errors import ConfigError, LongerRecError, Preempted, RankLost
+from longer_rec.runtime.preemption import STOP_SIGNALS
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_SIGNALS = (signal.SIGCHLD, signal.SIGINT, *_STOP_SIGNALS)
+_SIGNALS = (signal.SIGCHLD, signal.SIGINT, *STOP_SIGNALS)
 _INTERRUPTED = 130
 _POLL_S = 0.5
 # After one rank has ended with a fault the others mostly have the same one to report.
@@ -75,7 +75,7 @@ def supervise(target: Callable[[], None], num_processes: int, max_restarts: int 
 def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel send SIGTERM to this process when its parent (``parent``, if known) dies or has died."""
     parent = os.getppid() if parent is None else parent
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -125,7 +125,7 @@ class _Attempt:
             if signal.SIGINT in noted:
                 self._kill(running)
                 raise KeyboardInterrupt
-            if self._told is None and (stops := noted.intersection(_STOP_SIGNALS)):
+            if self._told is None and (stops := noted.intersection(STOP_SIGNALS)):
                 self._told = signal.Signals(stops.pop())
                 for rank in running:
                     os.kill(rank.pid, self._told)
