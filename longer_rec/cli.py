@@ -1,4 +1,4 @@
-"""The ``longer-rec`` command. Faults of the user end in one line and exit code 2; bugs keep their traceback."""
+"""The ``longer-rec`` command. A ``LongerRecError`` ends in one line and its exit code; bugs keep their traceback."""
 
 import os
 import sys

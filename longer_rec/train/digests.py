@@ -56,4 +56,5 @@ def _read_digests(run: Path) -> dict[int, dict[str, str]]:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return {line["step"]: line["digests"] for line in lines}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} cannot be read: {error!r}; set elastic.digest_every to write it") from None
+        raise DataError(f"{path} cannot be read: {error!r}; remove the damaged line, or resume the run, which drops "
+                        "one that a crash has torn") from None

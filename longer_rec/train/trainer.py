@@ -202,7 +202,8 @@ class Trainer:
         self.skipped_steps += 1
         if self.bad_steps >= self.job.train.max_bad_steps:
             # Nothing was updated since the first of them: this state and that step reproduce it.
-            dump = CheckpointManager(self.job.run_dir / "failure", keep=1)
+            dump = CheckpointManager(self.job.run_dir / "failure", keep=1,
+                                     timeout_s=self.job.train.checkpoint_timeout_s)
             self.step -= self.bad_steps
             self.save(dump)
             dump.wait()
