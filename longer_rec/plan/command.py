@@ -17,7 +17,7 @@ from longer_rec.plan.calibrate import Measure, bytes_compared, calibrate, fit, s
 from longer_rec.plan.plans import plan_differences, plan_hash
 from longer_rec.plan.scenario import KINDS, Constants, Outcome, Scenario
 from longer_rec.plan.topology import parse_topology
-from longer_rec.plan.whatif import compare, needs, parse_axis, parse_constraints, remedies, sweep
+from longer_rec.plan.whatif import compare, configured_choices, needs, parse_axis, parse_constraints, remedies, sweep
 from longer_rec.report.numbers import format_bytes
 from longer_rec.report.plan_page import write_plan_page
 from longer_rec.report.terminal import make_console
@@ -49,7 +49,7 @@ def plan_job(job: Job, request: Request) -> bool:
     """
     quiet_libraries()
     dataset = open_dataset(job.data.dir, verify=False)
-    choices = parse_constraints(request.constraints)
+    choices = {**configured_choices(job, dataset), **parse_constraints(request.constraints)}
     scenarios = [Scenario(job, dataset, parse_topology(text), request.constants, choices=choices)
                  for text in request.topologies]
     for scenario in scenarios:

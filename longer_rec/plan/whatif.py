@@ -3,17 +3,19 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from longer_rec.data.history import Dataset
 from longer_rec.errors import ConfigError
+from longer_rec.job import Job
 from longer_rec.plan.scenario import Outcome, Scenario, solve
 from longer_rec.plan.topology import parse_bytes
 from longer_rec.sparse.planfile import FLOAT_BYTES
 from longer_rec.sparse.planner import allowed_types, splittable
 from longer_rec.sparse.search import KERNELS, PARTITIONERS, PROPOSERS, Choice, ShardBytes, Space
-from longer_rec.sparse.tables import DIM_MULTIPLE
+from longer_rec.sparse.tables import DIM_MULTIPLE, ShardingName
 
 _MAX_RANKS = 4096
 AXES = ("gpus", "hbm", "batch", "L", "rows", "kernels", "constraints")
@@ -190,11 +192,11 @@ def _column_splits(scenario: Scenario) -> _Ladder:
 
 
 def _offloads(scenario: Scenario) -> _Ladder:
-    """More and more of the largest tables behind host memory, with a device cache and then without."""
+    """The largest table behind host memory, then two, four, ... of them, with a device cache and then without."""
     if scenario.hardware.device == "cpu" or scenario.hardware.device_bytes <= scenario.reserved_bytes:
         return
     tables = sorted(scenario.tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
-    for count in range(1, len(tables) + 1):
+    for count in [*(1 << power for power in range(len(tables).bit_length()) if 1 << power < len(tables)), len(tables)]:
         for kernel in ("fused_uvm_caching", "fused_uvm"):
             moved = {table.name: replace(scenario.choices.get(table.name, Choice()), kernels=(kernel,))
                      for table in tables[:count]}
@@ -220,6 +222,15 @@ def _halves(number: int) -> Iterator[int]:
             if 1 <= size < seen:
                 seen = size
                 yield size
+
+
+def configured_choices(job: Job, dataset: Dataset) -> dict[str, Choice]:
+    """The sharding types that ``sparse.plan`` names; none for "auto" and for a plan's path, which are what is asked."""
+    plan, schema = job.sparse.plan, dataset.schema
+    if not isinstance(plan, str):
+        return {table: Choice((name,)) for table, name in plan.items()}
+    used = {feature.table for feature in (*schema.history_features, *schema.item_features, *schema.user_features)}
+    return {table: Choice((plan,)) for table in used if plan in get_args(ShardingName)}
 
 
 def parse_constraints(texts: Sequence[str]) -> Mapping[str, Choice]:

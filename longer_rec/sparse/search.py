@@ -141,11 +141,11 @@ def build_space(module: nn.Module, config: SparseConfig, hardware: Hardware, bat
     start = time.perf_counter()
     constraints = _constraints(module, config, hardware, ids_per_request, choices, strict)
     on_gpu = hardware.device == "cuda"
-    free = max(0, hardware.device_bytes - reserved_bytes)
+    free = max(1, hardware.device_bytes - reserved_bytes)  # TorchRec 1.6 takes 0 for "not given"
     topology = Topology(
         world_size=hardware.world_size, local_world_size=min(hardware.ranks_per_host, hardware.world_size),
         compute_device=hardware.device, hbm_cap=free if on_gpu else 0,
-        ddr_cap=hardware.host_bytes_per_rank if on_gpu else free, ssd_cap=hardware.ssd_bytes,
+        ddr_cap=max(1, hardware.host_bytes_per_rank) if on_gpu else free, ssd_cap=hardware.ssd_bytes,
         hbm_mem_bw=hardware.device_bw * _MS, ddr_mem_bw=hardware.host_bw * _MS if on_gpu else hardware.device_bw * _MS,
         hbm_to_ddr_mem_bw=hardware.host_bw * _MS, intra_host_bw=hardware.intra_bw * _MS,
         inter_host_bw=hardware.inter_bw * _MS)

@@ -77,6 +77,19 @@ def test_what_does_not_fit_is_explained_and_every_remedy_fits(commands: CommandS
         assert (smaller.batch_requests, smaller.max_events) != (job.data.batch_requests, job.data.max_events)
 
 
+def test_tables_that_do_not_fit_need_more_ranks_or_host_memory(job: Job) -> None:
+    large = Scenario(job, open_dataset(job.data.dir), parse_topology("2x16GB:host=500GB")).change(row_factor=300_000.0)
+    found = remedies(large)
+    assert [remedy.text for remedy in found] == [
+        next(remedy.text for remedy in found if "ranks instead of 2" in remedy.text),
+        next(remedy.text for remedy in found if "in host memory (fused_uvm" in remedy.text)]
+    for remedy in found:
+        assert remedy.outcome.fullest <= 16 << 30
+    ranks = found[0].outcome.scenario.hardware.world_size
+    assert not solve(large.change(world_size=ranks - 2)).fits
+    assert sum(found[1].outcome.host) > 16 << 30
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (["--topology", "8x80"], "'80' is not a size"),
     (["--topology", "8x80GB", "--sweep", "gpu=3"], "--sweep 'gpu=3' cannot be read; use one of gpus, hbm"),
