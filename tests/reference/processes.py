@@ -85,3 +85,8 @@ def until(true: Callable[[], bool], timeout_s: float, process: Forked) -> None:
     while not true():
         assert time.monotonic() < deadline, f"still waiting after {timeout_s} s:\n{process.out}\n{process.err}"
         time.sleep(0.01)
+
+
+def gone(family: list[psutil.Process]) -> bool:
+    """Whether all of them have ended."""
+    return not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family)

@@ -9,12 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from longer_rec.errors import ConfigError, DataError, Preempted, RankLost
 from longer_rec.runtime.supervisor import die_with_parent, supervise
-from tests.reference.processes import Forked, fork, until
+from tests.reference.processes import Forked, fork, gone, until
 
 pytestmark = pytest.mark.timeout(60)
 Target = Callable[[], None]
@@ -182,10 +181,6 @@ def sleep_with_a_child() -> None:
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     print("ready", flush=True)
     time.sleep(60)
-
-
-def gone(family: list[psutil.Process]) -> bool:
-    return not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family)
 
 
 def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:

@@ -7,13 +7,11 @@ import fcntl
 import json
 import logging
 import os
-import platform
 import random
 import re
 import resource
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,13 +27,13 @@ from longer_rec.checkpoint.manager import CheckpointManager
 from longer_rec.checkpoint.manifest import read_manifest
 from longer_rec.errors import CheckpointError
 from tests.distributed.test_checkpoint_resharding import ROW_WISE, build, local_tensors, state, train
+from tests.reference.provenance import RESULTS, commit, provenance
 from tests.reference.ranks import run_ranks
 
 FULL = os.environ.get("LONGER_REC_FAULTS") == "full"
 DAMAGES = ("file cut at a random length", "one bit flipped", "a page of 4 KiB zeroed")
 COUNTS = dict(zip(DAMAGES, (100, 200, 50) if FULL else (12, 24, 8), strict=True))
 _PAGE = 4096
-ROOT = Path(__file__).parents[3]
 
 
 class Run:
@@ -298,7 +296,8 @@ def test_full_disk_fails_the_save_and_the_one_before_stays(tmp_path: Path) -> No
     record("disk full while saving (tmpfs)", len(failed), "both ranks told, the checkpoint before loaded bitwise")
 
 
-RESULTS = ROOT / "benchmarks" / "results" / "reliability_checkpoints.md"
+_RESULT = RESULTS / "reliability_checkpoints.md"
+_COMMAND = "LONGER_REC_FAULTS=full python -m pytest tests/integration/faults/test_damaged_checkpoints.py"
 _HEAD = """# Damaged checkpoints
 
 **Theme.** Damage to the files of a checkpoint, or a save that fails, must be found and named, and must cost no more
@@ -313,8 +312,6 @@ _TAIL = """
 Damage falls on all files in turn (`.metadata`, `manifest.json`, both ranks' `.distcp`), at seeded places; a zeroed page
 that held zeros is drawn again. The tables and optimizer state are TorchRec's, row-wise over two ranks, 4 MB in all.
 
-- Command: `LONGER_REC_FAULTS=full python -m pytest tests/integration/faults/test_damaged_checkpoints.py`
-- Hardware: {machine}. Date: {date}. Python {python}, torch {torch}.
 """
 
 
@@ -322,17 +319,12 @@ def record(fault: str, number: int, outcome: str) -> None:
     """Put a line of a full run into the file of results; the others stay."""
     if not FULL:
         return
-    with RESULTS.open("a+", encoding="utf-8") as file:
+    with _RESULT.open("a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         rows = dict(re.findall(r"(?m)^\| ([^|]+) \| (\d+ \| [^|]+ \| [^|]+) \|$", file.read()))
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=False, capture_output=True,
-                                text=True).stdout.strip()
-        rows[fault] = f"{number} | {outcome} | {commit}"
+        rows[fault] = f"{number} | {outcome} | {commit()}"
         total = sum(int(row.split(" ", 1)[0]) for row in rows.values())
-        model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
         file.truncate(0)
-        file.write(_HEAD.format(total=total) + "".join(f"| {name} | {row} |\n" for name, row in rows.items())
-                   + _TAIL.format(machine=f"{os.cpu_count()} cores, {model[1] if model else platform.machine()}",
-                                  date=time.strftime("%d %B %Y"), python=platform.python_version(),
-                                  torch=torch.__version__))
+        file.write(_HEAD.format(total=total) + "".join(f"| {name} | {row} |\n" for name, row in rows.items()) + _TAIL
+                   + provenance(_COMMAND, "torch"))

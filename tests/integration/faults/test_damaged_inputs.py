@@ -5,7 +5,6 @@ LONGER_REC_FAULTS=full writes benchmarks/results/reliability_inputs.md.
 
 import hashlib
 import os
-import platform
 import random
 import shutil
 from pathlib import Path
@@ -19,10 +18,11 @@ import yaml
 
 from longer_rec.data.prepare import prepare
 from longer_rec.errors import DataError
+from tests.reference.provenance import RESULTS, provenance
 
 FULL = os.environ.get("LONGER_REC_FAULTS") == "full"
 FLIPS = 200
-RESULT = Path(__file__).parents[3] / "benchmarks" / "results" / "reliability_inputs.md"
+RESULT = RESULTS / "reliability_inputs.md"
 
 
 def describe(folder: Path, sha256: dict[str, str]) -> Path:
@@ -89,6 +89,7 @@ def write_result(with_hash: bool, counts: dict[str, int]) -> None:
     row = f"| {'sha256 in the description' if with_hash else 'page checksums alone'} | " + " | ".join(
         str(count) for count in counts.values()) + " |\n"
     if not with_hash:
+        command = "LONGER_REC_FAULTS=full python -m pytest tests/integration/faults/test_damaged_inputs.py"
         RESULT.write_text(f"""# Damaged Parquet files
 
 **Theme.** A flipped bit in a log must not change what is learned from it.
@@ -96,10 +97,7 @@ def write_result(with_hash: bool, counts: dict[str, int]) -> None:
 **Question.** {FLIPS} flips at seeded places of a zstd Parquet file with page checksums, through the whole of
 `longer-rec prepare`: named, without effect on any prepared byte, or silent?
 
-- Command: `LONGER_REC_FAULTS=full python -m pytest tests/integration/faults/test_damaged_inputs.py`
-- Hardware: {os.cpu_count()} cores, {platform.machine()}. Date: 22 November 2026. Python {platform.python_version()},
-  pyarrow {pa.__version__}.
-
+{provenance(command, "polars", "pyarrow")}
 | guarded by | named | no effect | silent |
 |---|---|---|---|
 """)

@@ -4,24 +4,21 @@ A seeded sample; LONGER_REC_FAULTS=full takes 50 points and writes benchmarks/re
 """
 
 import os
-import platform
 import random
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from longer_rec.checkpoint.inspect import diff_checkpoints, find_checkpoint
 from tests.integration.conftest import metric_lines
 from tests.integration.faults.faults import POINTS, Faults, launch_run
+from tests.reference.provenance import RESULTS, provenance
 
 FULL = os.environ.get("LONGER_REC_FAULTS") == "full"
-ROOT = Path(__file__).parents[3]
+_COMMAND = "LONGER_REC_FAULTS=full python -m pytest tests/integration/faults/test_kill_matrix.py"
 STEPS, SAVE_EVERY, RANKS = 10, 2, 2
 SHORT = ("train.epochs=0.2", f"train.checkpoint_every={SAVE_EVERY}", "train.log_every=1", "train.eval_every=5",
          "train.eval_requests=50", "data.max_events=200", "train.timeout_s=20")
@@ -96,12 +93,10 @@ def write_results(rows: list[tuple[Kill, float]]) -> None:
         times = sorted(seconds for kill, seconds in rows if which(kill))
         return (f"| {name} | {len(times)} | {len(times)} | {statistics.median(times):.2f} | {times[-1]:.2f} |")
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                            check=True).stdout.strip()
     times = [seconds for _, seconds in rows]
     table = "\n".join(line(point, lambda kill, point=point: kill.point == point) for point in POINTS)
     each = "\n".join(f"| {kill.point} | {kill.step} | {kill.rank} | {seconds:.2f} |" for kill, seconds in rows)
-    (ROOT / "benchmarks" / "results" / "reliability_kills.md").write_text(f"""\
+    (RESULTS / "reliability_kills.md").write_text(f"""\
 # A rank killed at 50 points of a run
 
 **Theme.** A rank that dies anywhere, also in the middle of a save, must cost seconds and no bit of the result.
@@ -120,11 +115,7 @@ and the dense step; `save`: between writing the tensors and fsync; `rename`: aft
 gets its name; `latest`: after that, before `LATEST` names it. {RANKS} ranks under the supervisor of `longer-rec
 launch`, {STEPS} steps of `configs/synthetic_debug.yaml`, a checkpoint every {SAVE_EVERY}; ranks and steps are seeded.
 
-- Command: `LONGER_REC_FAULTS=full pytest tests/integration/faults/test_kill_matrix.py`
-- Hardware: {os.cpu_count()} cores, {platform.processor() or platform.machine()}, no GPU, shared with other work.
-- Date: {time.strftime("%Y-%m-%d")}. Commit: {commit}. Python {platform.python_version()}, torch \
-{torch.__version__}, `OMP_NUM_THREADS=1`.
-
+{provenance(_COMMAND, "torch")}
 ## Every kill
 | during | step | rank | s |
 |---|---|---|---|

@@ -23,15 +23,11 @@ from longer_rec.runtime.supervisor import supervise
 from tests.integration.conftest import CONFIG, metric_lines
 from tests.integration.faults.faults import Faults, launch_run
 from tests.reference.commands import CommandServer
-from tests.reference.processes import Forked, fork, until
+from tests.reference.processes import Forked, fork, gone, until
 
 SHORT = ("train.epochs=0.2", "train.checkpoint_every=100", "train.log_every=1", "train.eval_requests=50",
          "data.max_events=200", "train.timeout_s=30")
 pytestmark = pytest.mark.timeout(120)
-
-
-def gone(family: list[psutil.Process]) -> bool:
-    return not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family)
 
 
 def steps(run_dir: Path) -> int:
