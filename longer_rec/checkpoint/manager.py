@@ -152,7 +152,9 @@ class CheckpointManager:
         optimizer state must exist beforehand: what is missing from ``state`` is refused, not dropped. At last the
         digests of what is in memory now must be those of what was in memory when it was saved.
         """
-        manifest = self._verify(path)
+        return self._fill(path, self._verify(path), state)
+
+    def _fill(self, path: Path, manifest: Manifest, state: Mapping[str, Any]) -> dict[str, Any]:
         tensors = flatten(state)
         _check_keys(path, manifest.tensors, _union(_gather(describe(tensors))))
         read_tensors(path, tensors)
@@ -174,13 +176,13 @@ class CheckpointManager:
         faults: dict[int, str] = {}
         for step, path in sorted(directories.items(), reverse=True):
             try:
-                self._verify(path)
+                manifest = self._verify(path)
             except CheckpointError as error:
                 faults[step] = str(error)
                 continue
             for damaged, fault in faults.items() if _rank() == 0 else ():
                 _log.warning("checkpoint step-%d is passed over for step-%d: %s", damaged, step, fault)
-            return path, self.load(path, state)
+            return path, self._fill(path, manifest, state)
         if faults:
             raise CheckpointError(f"none of the {len(faults)} checkpoints in {self._directory} is whole: "
                                   f"{next(iter(faults.values()))}; start again in another run directory")
