@@ -49,6 +49,18 @@ def test_diff_tells_equal_from_unequal_checkpoints(commands: CommandServer, trai
     assert re.search(r"(?m)^step: \d+ and \d+$", different.out)
 
 
+def test_replay_runs_the_step_again_at_which_a_run_was_given_up(commands: CommandServer, trained: Path) -> None:
+    nothing = commands.run("replay", trained)
+    assert nothing.code == 2
+    assert re.fullmatch(r"longer-rec: \S+ holds no step that was given up; there is nothing to replay\n", nothing.err)
+    checkpoint = min((trained / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
+    shutil.copytree(checkpoint, trained / "failure" / checkpoint.name)
+    outcome = commands.run("replay", trained)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert re.fullmatch(rf"step {checkpoint.name[5:]}\nweights are finite, the largest is \S+ in \S+\n"
+                        r"worker 0: loss 0\.\d+\n", outcome.out), outcome.out
+
+
 def test_report_is_written_again_from_the_files_alone(commands: CommandServer, trained: Path) -> None:
     first = (trained / "report.html").read_text()
     (trained / "report.html").unlink()
