@@ -18,7 +18,7 @@ from longer_rec.model.longer import TowerConfig
 from longer_rec.model.memory import tower_bytes
 from longer_rec.plan.scenario import Constants, Outcome, Scenario, solve
 from longer_rec.plan.show import Grid, make_grid
-from longer_rec.plan.topology import parse_topology
+from longer_rec.plan.topology import local_hardware, parse_topology
 from longer_rec.report.numbers import format_bytes
 from longer_rec.sparse.planfile import save_plan
 
@@ -71,7 +71,7 @@ def calibrate(job: Job, dataset: Dataset, measure: Measure, ranks: Sequence[int]
     compared = []
     with tempfile.TemporaryDirectory(prefix="longer_rec-") as name:
         folder = Path(name)
-        hardware = parse_topology("auto")
+        hardware = local_hardware()
         for number in ranks:
             machine = parse_topology(f"{number}xauto", hardware)
             # Steps 2 and on, of all workers: those that are timed.

@@ -268,12 +268,15 @@ def step_terms(scenario: Scenario, tables: Mapping[str, float]) -> dict[str, dic
     # Ranks that share a core wait for each other.
     share = max(1.0, min(num_ranks, hardware.ranks_per_host) / hardware.cores) if hardware.cores else 1.0
     rounds = float(math.ceil(math.log2(num_ranks)))
+    # TorchRec's estimator lets one rank pay for sending to itself.
+    forward_exchange, backward_exchange = (tables[name] * (num_ranks > 1)
+                                           for name in ("forward_exchange", "backward_exchange"))
     forward_passes = 1 + _BACKWARD_PER_FORWARD + bool(scenario.job.train.recompute)
     return {
-        "lookup": {"lookup": tables["forward"] * share, "network": tables["forward_exchange"], "latency_s": 2 * rounds},
+        "lookup": {"lookup": tables["forward"] * share, "network": forward_exchange, "latency_s": 2 * rounds},
         "tower": {"tower": scenario.flops * forward_passes * share / hardware.flops[scenario.job.train.precision]},
         "reduce": {"memory": 3 * size * share / hardware.device_bw, "latency_s": 2 * rounds,
                    "network": 2 * size * (num_ranks - 1) / num_ranks / hardware.network_bw},
-        "sparse": {"sparse": tables["backward"] * share, "network": tables["backward_exchange"], "latency_s": rounds},
+        "sparse": {"sparse": tables["backward"] * share, "network": backward_exchange, "latency_s": rounds},
         "dense": {"memory": 7 * size * share / hardware.device_bw},
     }
