@@ -182,3 +182,14 @@ def _run_with_poison(rank: int, world_size: int, data: Path, run_dir: Path) -> N
 def test_bad_steps_in_a_row_end_the_run(synthetic: Path, tmp_path: Path) -> None:
     run_ranks(_run_with_poison, 1, synthetic, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["failure"]
+
+
+def _evaluate_poisoned(rank: int, world_size: int, data: Path) -> None:
+    trainer = build(data)
+    _poison_tower(trainer, [])
+    with pytest.raises(DataError, match=r"score of candidate \d+ is NaN .*lower the learning rate"):
+        trainer.evaluate("validation", 20)
+
+
+def test_a_score_that_is_nan_is_a_fault_of_every_rank(synthetic: Path) -> None:
+    run_ranks(_evaluate_poisoned, 2, synthetic)
