@@ -147,7 +147,6 @@ def seconds_compared(compared: Sequence[Compared], constants: Constants) -> Grid
 def save_calibration(constants: Constants, ranks: Sequence[int], path: Path) -> None:
     """A small JSON file that ``--calibration`` reads."""
     content = {"constants": constants.model_dump(), "ranks": list(ranks), "torch": str(torch.__version__)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

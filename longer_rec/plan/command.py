@@ -70,7 +70,7 @@ def plan_job(job: Job, request: Request) -> bool:
         if outcomes[0].fits:
             _save(console, outcomes[0], request, section)
         sections.append(section)
-    request.out.mkdir(parents=True, exist_ok=True)
+    _make_directory(request.out)
     about = (f"{len(dataset.schema.tables)} tables, L = {job.data.max_events}, {job.data.batch_requests} requests a "
              f"worker, {job.train.precision}" + f", recomputed: {', '.join(job.train.recompute)}" *
              bool(job.train.recompute))
@@ -131,10 +131,17 @@ def _save(console: Console, best: Outcome, request: Request, section: Mapping[st
                   torch.device(hardware.device))
     check_plan(plan, best.scenario.ranker, job.sparse, world, job.elastic.is_strict)
     name = "plan.json" if len(request.topologies) == 1 else f"plan-{re.sub(r'[^A-Za-z0-9.]+', '-', hardware.name)}.json"
-    request.out.mkdir(parents=True, exist_ok=True)
+    _make_directory(request.out)
     save_plan(plan, request.out / name)
     console.print(f"plan {plan_hash(plan)}: {request.out / name}; train with sparse.plan={request.out / name}",
                   soft_wrap=True)
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be made: {error.strerror}; give another directory") from None
 
 
 def calibrate_job(job: Job, ranks: Sequence[int], out: Path, measure: Measure) -> None:
@@ -145,6 +152,7 @@ def calibrate_job(job: Job, ranks: Sequence[int], out: Path, measure: Measure) -
     console = make_console()
     show.print_grid(console, f"Bytes, {job.name}", bytes_compared(compared))
     show.print_grid(console, "Seconds of a step", seconds_compared(compared, constants))
+    _make_directory(out)
     save_calibration(constants, ranks, out / "calibration.json")
     console.print(f"calibration: {out / 'calibration.json'}", soft_wrap=True)
 

@@ -305,10 +305,11 @@ def _constraints(module: nn.Module, config: SparseConfig, hardware: Hardware, id
                 if reasons.get(name, f"known are {', '.join(reasons)}"):
                     raise ConfigError(f"table {table.name!r} cannot be {name}: "
                                       f"{reasons.get(name, 'known are ' + ', '.join(reasons))}")
+            known = KERNELS if hardware.device == "cuda" else KERNELS[:1]  # on a CPU all of them are plain memory
             for name in choice.kernels:
-                if name not in KERNELS:
-                    raise ConfigError(f"table {table.name!r} cannot use kernel {name!r} on {hardware.device}; use one "
-                                      f"of {', '.join(KERNELS)}")
+                if name not in known:
+                    raise ConfigError(f"table {table.name!r} cannot use kernel {name!r} on {hardware.device}; use "
+                                      f"{' or '.join(known)}")
             # Replicas are left to those who ask for them, as in training.
             types = list(choice.sharding_types or
                          (name for name, reason in reasons.items() if not reason and name != "data_parallel"))
@@ -316,7 +317,6 @@ def _constraints(module: nn.Module, config: SparseConfig, hardware: Hardware, id
             if not types:
                 raise ConfigError(f"table {table.name!r} of {table.num_embeddings} rows cannot be split row_wise over "
                                   f"{hardware.world_size} ranks; allow table_wise for it")
-            # On a CPU every kernel is plain memory, and TorchRec knows but one there.
             kernels = list(choice.kernels or [config.kernel]) if hardware.device == "cuda" else ["fused"]
             if types == ["data_parallel"]:
                 kernels = ["dense"]

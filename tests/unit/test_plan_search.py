@@ -179,12 +179,17 @@ def test_a_strict_job_gets_types_that_do_not_depend_on_the_ranks() -> None:
     ("item=rowwise", "'item' cannot be rowwise: known are table_wise"),
     ("item=column_wise", "'item' cannot be column_wise: rowwise_adagrad"),
     ("item=data_parallel", "'item' cannot be data_parallel: sequence tables"),
-    ("item=key_value", "cannot use kernel 'key_value' on cuda; use one of fused"),
+    ("item=key_value", "cannot use kernel 'key_value' on cuda; use fused or fused_uvm"),
     ("item=column_wise+columns:3", "columns:3 is not a positive multiple of 4"),
     ("item", "cannot be read; use TABLE=TYPE"), ("item=", "cannot be read")])
 def test_a_constraint_that_cannot_be_kept_is_named(constraint: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         space(parse_topology("4x80GB"), dict(parse_constraints([constraint])))
+
+
+def test_a_cpu_has_no_memory_behind_its_memory() -> None:
+    with pytest.raises(ConfigError, match="'item' cannot use kernel 'fused_uvm' on cpu; use fused"):
+        space(parse_topology("2x64GB:device=cpu"), {"item": Choice(kernels=("fused_uvm",))})
 
 
 def test_a_plans_hash_and_differences_follow_what_it_says() -> None:
