@@ -58,8 +58,8 @@ def rewind_logs(directory: Path, step: int) -> None:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
         lines.pop()  # torn by a crash while it was written; what it said is said again
     kept = []
     for number, line in enumerate(lines, start=1):
@@ -70,4 +70,4 @@ def _drop_lines_after(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{path} line {number} is damaged; remove that line to resume") from None
-    write_atomically(path, "".join(kept))
+    write_atomically(path, b"".join(kept).decode())

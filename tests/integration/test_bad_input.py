@@ -235,10 +235,11 @@ def test_a_log_with_a_damaged_line_is_refused_and_one_torn_at_its_end_is_not(com
     config, log = trained.with_name("config.yaml"), trained / "metrics.jsonl"
     shutil.copy(trained / "config.yaml", config)
     first, *others = log.read_text().splitlines(keepends=True)
-    log.write_text(first[:-9] + "\n" + "".join(others))
-    before = contents(trained)
-    assert_one_line(commands.run("train", config, f"run_dir={trained}"), r"metrics\.jsonl line 1 is damaged")
-    assert contents(trained) == before
+    for damaged in (first[:-9].encode() + b"\n", b"\xff" + first.encode()):
+        log.write_bytes(damaged + "".join(others).encode())
+        before = contents(trained)
+        assert_one_line(commands.run("train", config, f"run_dir={trained}"), r"metrics\.jsonl line 1 is damaged")
+        assert contents(trained) == before
     # A process was killed while it wrote its last line.
     log.write_text("".join([first, *others, first[:-9]]))
     assert commands.run("train", config, f"run_dir={trained}").code == 0
