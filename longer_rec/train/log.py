@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from longer_rec.errors import CheckpointError
 from longer_rec.train.digests import DIGESTS
-from longer_rec.train.run_dir import write_atomically
+from longer_rec.train.run_dir import write_atomically, writing
 
 Value = float | int | str | None
 _METRICS = "metrics.jsonl"
@@ -23,7 +23,7 @@ class RunLog:
     """
 
     def __init__(self, directory: Path, resumed_step: int) -> None:
-        self._digests = directory / DIGESTS
+        self._directory = directory
         self._file = (directory / _METRICS).open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=resumed_step + 1)
 
@@ -31,20 +31,22 @@ class RunLog:
         # JSON has no NaN: a metric that is not defined, such as the AUC of one class, is null.
         finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                   for name, value in values.items()}
-        self._file.write(json.dumps({"split": split, "step": step, **finite}, allow_nan=False) + "\n")
+        with writing(self._directory):
+            self._file.write(json.dumps({"split": split, "step": step, **finite}, allow_nan=False) + "\n")
         for name, value in finite.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(f"{split}/{name}", value, step)
 
     def write_digests(self, step: int, digests: Mapping[str, str]) -> None:
-        with self._digests.open("a", encoding="utf-8", buffering=1) as file:
+        with writing(self._directory), (self._directory / DIGESTS).open("a", encoding="utf-8", buffering=1) as file:
             file.write(json.dumps({"step": step, "digests": digests}) + "\n")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with writing(self._directory):
+            self._file.close()
         self._board.close()
 
 

@@ -23,7 +23,7 @@ from longer_rec.sparse.planfile import save_plan
 from longer_rec.train.log import RunLog, rewind_logs
 from longer_rec.train.parallelize import check_job, parallelize
 from longer_rec.train.replay import replay_step
-from longer_rec.train.run_dir import load_job, open_run_dir, read_run, write_atomically
+from longer_rec.train.run_dir import load_job, open_run_dir, read_run, write_atomically, writing
 from longer_rec.train.trainer import Trainer
 
 Row = dict[str, Any]
@@ -44,8 +44,9 @@ def train(job: Job) -> list[Row] | None:
         rows = [_train_one(each, dataset, world, stop, show_plan=each is job) for each in jobs]
         if not world.is_main:
             return None
-        write_atomically(job.run_dir / "results.json", json.dumps(rows, indent=2))
-        write_report(job.run_dir)
+        with writing(job.run_dir):
+            write_atomically(job.run_dir / "results.json", json.dumps(rows, indent=2))
+            write_report(job.run_dir)
         return rows
 
 
@@ -57,7 +58,8 @@ def _train_one(job: Job, dataset: Dataset, world: World, stop: StopSignal, show_
     if world.is_main:
         if show_plan:
             plan_table(trainer.parallel.plan.model_dump()["tables"])
-        save_plan(trainer.parallel.plan, job.run_dir / "plan.json")
+        with writing(job.run_dir):
+            save_plan(trainer.parallel.plan, job.run_dir / "plan.json")
         if trainer.step:
             print(f"{job.name}: continues from step {trainer.step:,} of {trainer.num_steps:,}", flush=True)
     with RunLog(job.run_dir, trainer.step) if world.is_main else nullcontext() as log:
@@ -72,7 +74,7 @@ def _train_one(job: Job, dataset: Dataset, world: World, stop: StopSignal, show_
 def evaluate_run(run_dir: Path, split: str) -> Row:
     """Metrics of a finished or interrupted run's newest checkpoint, on any number of ranks."""
     prepare_process()
-    job = load_job(run_dir)
+    job = _replan(load_job(run_dir))
     with joined_world(job.train.timeout_s) as world:
         dataset = _open_data(job, world, [split])
         trainer = load_run(job, dataset, world)
@@ -82,13 +84,18 @@ def evaluate_run(run_dir: Path, split: str) -> Row:
 def replay_run(run_dir: Path) -> list[str]:
     """Run the step again at which a run was given up, on one process; what is not finite in it, a line each."""
     prepare_process()
-    job, num_workers = load_job(run_dir), int(read_run(run_dir)["num_workers"])
+    job, num_workers = _replan(load_job(run_dir)), int(read_run(run_dir)["num_workers"])
     with joined_world(job.train.timeout_s) as world:
         dataset = _open_data(job, world, ["train"])
         trainer = Trainer(job, dataset, world, parallelize(job, dataset, world), num_workers)
         if not trainer.restore(CheckpointManager(run_dir / "failure")):
             raise CheckpointError(f"{run_dir} holds no step that was given up; there is nothing to replay")
         return [f"step {trainer.step}", *replay_step(trainer)]
+
+
+def _replan(job: Job) -> Job:
+    """Without the run's own plan, which may be a file for another number of ranks: the values do not depend on it."""
+    return job.model_copy(update={"sparse": job.sparse.model_copy(update={"plan": "auto"})})
 
 
 def load_run(job: Job, dataset: Dataset, world: World) -> Trainer:

@@ -33,12 +33,13 @@ def open_run_dir(job: Job, dataset: Dataset, num_workers: int) -> None:
     for a directory that another process is training in, or that is of another configuration, data set or number of
     logical workers; nothing in it is touched then.
     """
-    directory = job.run_dir
-    is_new = not directory.exists()
-    if not is_new and not (directory / "config.yaml").exists():
+    directory, is_new = job.run_dir, False
+    if directory.exists() and not (directory / "config.yaml").exists():
         _check_empty(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        if not directory.exists():
+            directory.mkdir(parents=True)
+            is_new = True
         with _locked(directory) as lock:
             if (directory / "config.yaml").exists():
                 _check_same_run(job, dataset, num_workers)
@@ -53,8 +54,21 @@ def open_run_dir(job: Job, dataset: Dataset, num_workers: int) -> None:
     except OSError as error:
         if is_new:
             shutil.rmtree(directory, ignore_errors=True)
-        raise CheckpointError(f"cannot write run_dir={directory}: {error.strerror}; check space and permissions or "
-                              "choose another run_dir") from None
+        raise _cannot_write(directory, error) from None
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """A disk that is full, or lost, is a fault of the run directory and no bug."""
+    try:
+        yield
+    except OSError as error:
+        raise _cannot_write(directory, error) from None
+
+
+def _cannot_write(directory: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot write run_dir={directory}: {error.strerror}; check space and permissions or choose "
+                           "another run_dir")
 
 
 def _check_empty(directory: Path) -> None:

@@ -1,5 +1,6 @@
 """The training loop: one synchronous step updates dense and sparse parameters together."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from longer_rec.elastic.step import (
     split_rows,
     unflatten_gradients,
 )
-from longer_rec.errors import CheckpointError, DataError, Preempted
+from longer_rec.errors import CheckpointError, DataError, LongerRecError, Preempted
 from longer_rec.job import Job
 from longer_rec.report.terminal import TrainProgress
 from longer_rec.runtime.determinism import derive_seed
@@ -36,6 +37,8 @@ from longer_rec.train.evaluate import evaluate
 from longer_rec.train.log import RunLog
 from longer_rec.train.parallelize import ParallelRanker
 from longer_rec.train.precision import precision_context
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,32 +139,39 @@ class Trainer:
         """
         loader = TrainLoader(self.dataset, self.job.data, seed=self.job.seed, num_workers=self.num_workers,
                              workers=self.workers, start_step=self.step, num_steps=self.num_steps - self.step)
-        cadence = self.job.train
-        checkpoints.prepare(self.parallel.state_dict())
-        with TrainProgress(self.job.name, self.num_steps, self.step, enabled=self.world.is_main) as progress:
-            self.clock.take()
-            for batches in loader:
-                result = self.train_step([batch.to(self.world.device) for batch in batches])
-                self.step += 1
-                self._count_bad(result)
-                self._tally(batches)
-                self.clock.add("time_data_s", loader.wait_s)
-                self._write_digests(log)
-                evaluates = self.step % cadence.eval_every == 0
-                saves = self.step % cadence.checkpoint_every == 0 or self.step == self.num_steps
-                # Before either, so that the time of an evaluation is in no step's rates.
-                if self.step % cadence.log_every == 0 or evaluates or saves:
-                    self._log_step(log, progress, result)
-                if evaluates:
-                    self._log_evaluation(log, progress)
-                if saves or result.num_stopping:
-                    self.save(checkpoints)
-                if result.num_stopping:
-                    checkpoints.wait()
-                    raise Preempted(f"told to stop; step {self.step:,} of {self.num_steps:,} is saved, start again to "
-                                    "continue")
+        if self.step < self.num_steps:
+            checkpoints.prepare(self.parallel.state_dict())
+        try:
+            with TrainProgress(self.job.name, self.num_steps, self.step, enabled=self.world.is_main) as progress:
+                self.clock.take()
+                for batches in loader:
+                    self.clock.add("time_data_s", loader.wait_s)
+                    self._fit_step(batches, checkpoints, log, progress)
+        except LongerRecError:
+            checkpoints.wait()  # not after the loss of a rank: its part of the save would be waited for in vain
+            raise
         checkpoints.wait()
         self.elapsed_s += self.clock.take()[1]
+
+    def _fit_step(self, batches: list[RequestBatch], checkpoints: CheckpointManager, log: RunLog | None,
+                  progress: TrainProgress) -> None:
+        cadence = self.job.train
+        result = self.train_step([batch.to(self.world.device) for batch in batches])
+        self.step += 1
+        self._count_bad(result)
+        self._tally(batches)
+        self._write_digests(log)
+        evaluates = self.step % cadence.eval_every == 0
+        saves = self.step % cadence.checkpoint_every == 0 or self.step == self.num_steps
+        # Before either, so that the time of an evaluation is in no step's rates.
+        if self.step % cadence.log_every == 0 or evaluates or saves:
+            self._log_step(log, progress, result)
+        if evaluates:
+            self._log_evaluation(log, progress)
+        if saves or result.num_stopping:
+            self.save(checkpoints)
+        if result.num_stopping:
+            raise Preempted(f"told to stop; step {self.step:,} of {self.num_steps:,} is saved, start again to continue")
 
     def save(self, checkpoints: CheckpointManager) -> None:
         """Save weights, optimizer state and the position in the data while training goes on; a collective call."""
@@ -188,11 +198,13 @@ class Trainer:
 
     def _check_numerics(self, saved: Mapping[str, object]) -> None:
         here = numerics(self.world.device)
-        changed = [f"{name} was {saved.get(name)}, is {value}" for name, value in here.items()
-                   if saved.get(name) != value]
+        changed = "; ".join(f"{name} was {saved.get(name)}, is {value}" for name, value in here.items()
+                            if saved.get(name) != value)
         if changed and self.job.elastic.is_strict:
-            raise CheckpointError(f"elastic.strict promises bitwise the same model, but {'; '.join(changed)}: continue "
-                                  "as the run began, or set elastic.strict=false")
+            raise CheckpointError(f"elastic.strict promises bitwise the same model, but {changed}: continue as the run "
+                                  "began, or set elastic.strict=false")
+        if changed and self.world.is_main:
+            _log.warning("the last bits will differ from those of an uninterrupted run: %s", changed)
 
     def _count_bad(self, result: StepResult) -> None:
         if result.finite:

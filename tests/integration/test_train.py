@@ -12,7 +12,10 @@ import psutil
 import pytest
 
 from longer_rec.checkpoint.inspect import diff_checkpoints
+from longer_rec.errors import CheckpointError
+from longer_rec.train.log import RunLog
 from tests.integration.conftest import CONFIG, metric_lines
+from tests.reference.commands import CommandServer
 from tests.reference.ranks import RankFailure
 
 Run = Callable[..., Path]
@@ -75,6 +78,23 @@ def test_a_signal_beyond_the_newest_200_events_is_seen_by_long_histories_alone(r
         auc[max_events] = json.loads((run_dir / "results.json").read_text())[0]["auc"]
     assert auc[1000] >= 0.95
     assert auc[100] <= 0.55
+
+
+def test_a_full_disk_under_the_log_is_named(tmp_path: Path) -> None:
+    with RunLog(tmp_path, 0) as log:
+        log.write("train", 1, {"loss": 1.0})
+        (tmp_path / "digests.jsonl").symlink_to("/dev/full")
+        with pytest.raises(CheckpointError, match=r"cannot write run_dir=.*No space left on device; check space"):
+            log.write_digests(1, {"tower.weight": "0" * 16})
+
+
+def test_a_run_with_a_plan_for_two_ranks_is_evaluated_on_one(run: Run, commands: CommandServer, tmp_path: Path) -> None:
+    plan = run("planned", *SHORT) / "plan.json"
+    run_dir = run("run", *SHORT, f"sparse.plan={plan}")
+    outcome = commands.run("eval", run_dir)
+    assert (outcome.code, outcome.err) == (0, ""), outcome
+    expected = json.loads((run_dir / "results.json").read_text())[0]["auc"]
+    assert f"{expected:.4f}" in outcome.out
 
 
 def test_a_run_directory_of_another_config_is_refused_and_left_alone(run: Run) -> None:
