@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.profiler import ProfilerActivity, profile
 
 from longer_rec.batch import RequestBatch
 from longer_rec.config import load_config
@@ -26,6 +27,7 @@ from longer_rec.data.history import Dataset, open_dataset
 from longer_rec.data.loader import TrainLoader
 from longer_rec.job import Job
 from longer_rec.runtime.distributed import World, joined_world
+from longer_rec.train.digests import state_digests
 from longer_rec.train.parallelize import parallelize
 from longer_rec.train.run import prepare_process
 from longer_rec.train.trainer import Trainer
@@ -107,7 +109,7 @@ def eight_on_one(rank: int, size: int, config: Path, blocks: int) -> dict[str, l
 
 
 def peak_memory(rank: int, size: int, config: Path, num_workers: int) -> dict[str, float]:
-    """MiB above the built model, at the peak of a few steps, and what the lookup and its gradients account for."""
+    """MiB above the built model: resident at the peak of a few steps, and of tensors in one; a worker's lookup."""
     dataset = prepare(config)
     with joined_world() as world:
         trainer = build(config, world, dataset, num_workers)
@@ -116,9 +118,29 @@ def peak_memory(rank: int, size: int, config: Path, num_workers: int) -> dict[st
         before = _status("VmRSS")
         for batches in steps:
             trainer.train_step(batches)
+        resident = _status("VmHWM") - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            trainer.train_step(steps[-1])
+        changes = sorted((event.start_ns(), event.nbytes()) for event in profiler.profiler.kineto_results.events()
+                         if event.name() == "[memory]")
+        tensors = int(torch.tensor([size for _, size in changes]).cumsum(0).max())
         lookup = trainer.parallel.ranker.lookup(steps[-1][0])
         looked_up = sum(value.numel() * value.element_size() for value in lookup.values())
-        return {"peak": _status("VmHWM") - before, "looked up a worker": looked_up / 2**20}
+        return {"resident": resident, "tensors": tensors / 2**20, "looked up": looked_up / 2**20}
+
+
+def digest_time(rank: int, size: int, config: Path) -> tuple[int, float]:
+    """Values of the state, and milliseconds of a digest of all of them."""
+    dataset = prepare(config)
+    with joined_world() as world:
+        state = build(config, world, dataset, 1).parallel.state_dict()
+        num_values = sum(value.size().numel() for value in state.values())
+        times = []
+        for _ in range(9):
+            start = time.process_time()
+            state_digests(state, world)
+            times.append(time.process_time() - start)
+        return num_values, statistics.median(times) * 1e3
 
 
 def _status(key: str) -> float:
@@ -146,10 +168,13 @@ def main() -> None:
     report("a step, 2 ranks", run_ranks(against_plain, 2, arguments.config, arguments.blocks, timeout_s=900)[0])
     report("8 workers on one process",
            run_ranks(eight_on_one, 1, arguments.config, arguments.blocks // 3, timeout_s=900)[0])
-    print("\n| workers on one process | peak MiB above the model | looked up, MiB a worker |\n|---|---|---|")
+    print("\n| workers on one process | tensors, peak MiB | resident, peak MiB | looked up, MiB a worker |\n"
+          + 4 * "|---" + "|")
     for num_workers in (1, 2, 4, 8, 16):
         found: dict[str, Any] = run_ranks(peak_memory, 1, arguments.config, num_workers, timeout_s=300)[0]
-        print(f"| {num_workers} | {found['peak']:.0f} | {found['looked up a worker']:.1f} |")
+        print(f"| {num_workers} | {found['tensors']:.0f} | {found['resident']:.0f} | {found['looked up']:.1f} |")
+    num_values, digest_ms = run_ranks(digest_time, 1, arguments.config, timeout_s=300)[0]
+    print(f"\nA digest of {num_values:,} values: {digest_ms:.0f} ms of one processor")
 
 
 if __name__ == "__main__":
