@@ -13,6 +13,7 @@ import torch
 from longer_rec.config import Config
 from longer_rec.data.history import Dataset
 from longer_rec.data.order import sample_positions, sample_rows
+from longer_rec.errors import ConfigError
 from longer_rec.job import Job, build_ranker, input_widths
 from longer_rec.model.flops import tower_flops
 from longer_rec.model.longer import TowerConfig
@@ -20,7 +21,8 @@ from longer_rec.model.memory import tower_bytes
 from longer_rec.ranker import Ranker
 from longer_rec.schema import Schema
 from longer_rec.sparse.optimizers import apply_table_optimizer
-from longer_rec.sparse.search import Choice, Found, Hardware, Space, build_space, find_plan
+from longer_rec.sparse.options import Choice, Hardware
+from longer_rec.sparse.search import Found, Space, build_space, find_plan
 from longer_rec.sparse.tables import TableConfig, find_collections, table_configs, widths
 
 KINDS = ("weights", "optimizer", "exchange", "rows", "activations", "dense")
@@ -91,6 +93,12 @@ class Scenario:
     row_factor: float = 1.0
     choices: Mapping[str, Choice] = field(default_factory=dict)
     batches: range = range(_SAMPLED_BATCHES)
+
+    def __post_init__(self) -> None:
+        if self.job.sparse.placement is not None:
+            raise ConfigError(f"sparse.placement={self.job.sparse.placement} goes by the memory of the machine that "
+                              "trains and is not planned for; add sparse.placement=null sparse.device_memory=null, and "
+                              "give kernels with --constrain, such as item=fused_uvm_caching")
 
     def change(self, **changes: Any) -> "Scenario":
         """With another batch, L, number of ranks, memory, tables; ``ConfigError`` as for the job itself."""

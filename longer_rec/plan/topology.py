@@ -27,7 +27,7 @@ from typing import Any, Literal
 from longer_rec.errors import ConfigError
 from longer_rec.runtime import machine
 from longer_rec.sparse.doctor import probe_bandwidth
-from longer_rec.sparse.search import Hardware
+from longer_rec.sparse.options import Hardware
 
 _GIB = 1 << 30
 _TIB = 1 << 40

@@ -12,9 +12,9 @@ from longer_rec.errors import ConfigError
 from longer_rec.job import Job
 from longer_rec.plan.scenario import Outcome, Scenario, solve
 from longer_rec.plan.topology import parse_bytes
+from longer_rec.sparse.options import Choice, allowed_types, splittable
 from longer_rec.sparse.planfile import FLOAT_BYTES
-from longer_rec.sparse.planner import allowed_types, splittable
-from longer_rec.sparse.search import KERNELS, PARTITIONERS, PROPOSERS, Choice, ShardBytes, Space
+from longer_rec.sparse.search import KERNELS, PARTITIONERS, PROPOSERS, ShardBytes, Space
 from longer_rec.sparse.tables import DIM_MULTIPLE, ShardingName
 
 _MAX_RANKS = 4096

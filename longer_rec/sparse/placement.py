@@ -16,6 +16,7 @@ import torch
 from longer_rec.errors import ConfigError
 from longer_rec.runtime.distributed import World
 from longer_rec.runtime.machine import memory_bytes
+from longer_rec.sparse.options import state_bytes
 from longer_rec.sparse.planfile import FLOAT_BYTES, TablePlan
 from longer_rec.sparse.tables import SparseConfig, TableConfig
 
@@ -30,6 +31,11 @@ _ROW_BYTES = 12
 _MAX_BLOCKS = 512
 
 Floats = npt.NDArray[np.float64]
+
+
+def cache_bytes(rows: int, row_bytes: int, cached_rows: int) -> int:
+    """What a table of ``rows`` behind a device cache, or none, takes of the device, its state left out."""
+    return cached_rows * (row_bytes + _SLOT_BYTES) + rows * _ROW_BYTES if cached_rows else 0
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,7 @@ class TableDemand:
         if rows == len(self.fetches):
             return self.whole_bytes
         state = len(self.fetches) * self.state_bytes if self.state_on_device else 0
-        cache = rows * (self.weight_bytes + _SLOT_BYTES) + len(self.fetches) * _ROW_BYTES
-        return state + (cache if rows else 0)
+        return state + cache_bytes(len(self.fetches), self.weight_bytes, rows)
 
     def host_bytes(self, rows: int) -> int:
         """What is in host memory with ``rows`` on the device: nothing, or every row's weights."""
@@ -233,8 +238,8 @@ def plan_fields(placement: Placement, config: SparseConfig) -> dict[str, object]
 
 
 def _demand(dim: int, fetches: Floats, shares: Sequence[float], config: SparseConfig) -> TableDemand:
-    state = {"sgd": 0, "adagrad": dim, "rowwise_adagrad": 1}[config.optimizer]
-    return TableDemand(fetches, dim * FLOAT_BYTES, state * FLOAT_BYTES, config.optimizer == "rowwise_adagrad", shares)
+    return TableDemand(fetches, dim * FLOAT_BYTES, state_bytes(config.optimizer, dim),
+                       config.optimizer == "rowwise_adagrad", shares)
 
 
 def _shares(table: TablePlan, world_size: int) -> list[float]:

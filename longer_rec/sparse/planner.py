@@ -1,79 +1,34 @@
 """Deciding where each table lives: by TorchRec's planner, by name, or as a file says."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import nn
 from torchrec import EmbeddingBagCollection
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.planner.types import PlannerError
-from torchrec.distributed.types import ModuleSharder
+from torchrec.distributed.planner import constants
 
 from longer_rec.errors import ConfigError
 from longer_rec.runtime.distributed import World
 from longer_rec.runtime.machine import memory_bytes
-from longer_rec.sparse.placement import Floats, Placement, apply_placement, place_equally
-from longer_rec.sparse.planfile import FLOAT_BYTES, Shard, SparsePlan, TablePlan, cache_params, load_plan
+from longer_rec.sparse.options import SHARDING_TYPES, Choice, Hardware, allowed_types, table_plan
+from longer_rec.sparse.placement import Floats, apply_placement, place_equally
+from longer_rec.sparse.planfile import Shard, SparsePlan, TablePlan, load_plan
+from longer_rec.sparse.search import build_space, find_plan
 from longer_rec.sparse.tables import (
     DIM_MULTIPLE,
     Collection,
     KernelName,
-    ShardingName,
     SparseConfig,
     check_names,
     find_collections,
     table_configs,
 )
 
-_TYPES: tuple[str, ...] = get_args(ShardingName)
-
-
-class BagSharder(EmbeddingBagCollectionSharder):
-    """Offers row-wise sharding on CPUs too, where it works but TorchRec's own sharder hides it."""
-
-    def sharding_types(self, compute_device_type: str) -> list[str]:
-        types: list[str] = super().sharding_types(compute_device_type)
-        return types if "row_wise" in types else [*types, "row_wise"]
-
-
-def build_sharders(config: SparseConfig) -> list[ModuleSharder[nn.Module]]:
-    """The sharders for every collection of this package."""
-    # Without a mode FBGEMM takes a weight decay and ignores it.
-    fused = {"weight_decay_mode": WeightDecayMode.DECOUPLE} if config.weight_decay else None
-    return [cast(ModuleSharder[nn.Module], BagSharder(fused)),
-            cast(ModuleSharder[nn.Module], EmbeddingCollectionSharder(fused))]
-
-
-def allowed_types(pooled: bool, config: SparseConfig, device: torch.device, strict: bool = False) -> dict[str, str]:
-    """For each sharding type, "" when a table may have it, or why not.
-
-    ``strict`` leaves those that give bitwise the same table on any number of ranks.
-    """
-    reasons = dict.fromkeys(_TYPES, "")
-    if strict and pooled:
-        reasons["row_wise"] = ("each rank pools its own rows first, so the order of additions depends on the number of "
-                               "processes, which elastic.strict rules out; use table_wise, or elastic.strict=false")
-        reasons["data_parallel"] = ("replicas are summed rank by rank, in an order that depends on the number of "
-                                    "processes, which elastic.strict rules out; use table_wise, or "
-                                    "elastic.strict=false")
-    if config.optimizer == "rowwise_adagrad":
-        reasons["column_wise"] = ("rowwise_adagrad keeps one step size for each row and column shard, so the result "
-                                  "would depend on the number of shards; use adagrad, or table_wise or row_wise")
-    if not pooled and device.type == "cpu":
-        reasons["data_parallel"] = ("replicated sequence tables corrupt memory in TorchRec's CPU kernels; "
-                                    "use table_wise")
-    elif not pooled:
-        reasons["data_parallel"] = ("sequence tables are looked up once for all logical workers and are not "
-                                    "replicated; use table_wise")
-    elif config.weight_decay:
-        reasons["data_parallel"] = "sparse.weight_decay touches looked-up rows alone; use table_wise"
-    return reasons
+# Of each device, for the tower, its activations and what is exchanged: TorchRec's own share.
+_RESERVED = 0.15
 
 
 def build_plan(module: nn.Module, config: SparseConfig, world: World, batch_requests: int = 256,
@@ -88,15 +43,15 @@ def build_plan(module: nn.Module, config: SparseConfig, world: World, batch_requ
     if config.placement == "auto" and fetches is None:
         raise ConfigError("sparse.placement=auto goes by how often each row is looked up, which only prepared data "
                           "tells; give data.dir, or set sparse.kernel instead")
-    collections = find_collections(module)
+    tables: Sequence[TablePlan]
     if isinstance(config.plan, str) and config.plan == "auto":
-        tables = _automatic(module, collections, config, world, strict, batch_requests, ids_per_request or {}, fetches)
-    elif isinstance(config.plan, str) and config.plan not in _TYPES:
+        tables = _automatic(module, config, world, strict, batch_requests, ids_per_request or {}, fetches)
+    elif isinstance(config.plan, str) and config.plan not in SHARDING_TYPES:
         plan = load_plan(Path(config.plan))
         check_plan(plan, module, config, world, strict)
         return plan
     else:
-        tables = _explicit(collections, config, world, strict)
+        tables = _explicit(find_collections(module), config, world.size)
     if fetches is not None:
         tables = apply_placement(tables, fetches, config, world)
     plan = SparsePlan(world_size=world.size, ranks_per_host=world.local_size, device=world.device.type,
@@ -141,8 +96,7 @@ def _check_cover(table: TablePlan) -> None:
                           f"{table.rows * table.dim}; plan again")
 
 
-def _explicit(collections: Mapping[str, Collection], config: SparseConfig, world: World,
-              strict: bool) -> list[TablePlan]:
+def _explicit(collections: Mapping[str, Collection], config: SparseConfig, world_size: int) -> list[TablePlan]:
     every = [(path, collection, table) for path, collection in collections.items()
              for table in table_configs(collection)]
     if isinstance(config.plan, str):
@@ -154,14 +108,10 @@ def _explicit(collections: Mapping[str, Collection], config: SparseConfig, world
         if missing:
             raise ConfigError(f"sparse.plan has no sharding type for table {missing[0]!r}; name every table, or give "
                               "one type for all")
-    load = [0] * world.size
+    load = [0] * world_size
     plans = {}
     # The largest table is placed first, always on the rank that holds least.
     for path, collection, table in sorted(every, key=lambda item: -item[2].num_embeddings * item[2].embedding_dim):
-        pooled = isinstance(collection, EmbeddingBagCollection)
-        reason = allowed_types(pooled, config, world.device, strict)[types[table.name]]
-        if reason:
-            raise ConfigError(f"sparse.plan: table {table.name!r} cannot be {types[table.name]}: {reason}")
         plans[path, table.name] = place_table(path, collection, table, types[table.name], config, load)
     return [plans[path, table.name] for path, _, table in every]
 
@@ -197,67 +147,30 @@ def _shards(sharding_type: str, table: str, rows: int, dim: int, load: list[int]
     return []
 
 
-def table_plan(path: str, table: Any, pooled: bool, sharding_type: str, kernel: str, shards: list[Shard],
-                config: SparseConfig, world_size: int) -> TablePlan:
-    rows, dim = table.num_embeddings, table.embedding_dim
-    replicated = sharding_type == "data_parallel"
-    states = {"sgd": 0, "adagrad": rows * dim, "rowwise_adagrad": rows}[config.optimizer]
-    ranks = range(world_size) if replicated else (shard.rank for shard in shards)
-    return TablePlan(module=path, table=table.name, rows=rows, dim=dim, pooled=pooled,
-                     sharding_type=cast(ShardingName, sharding_type), kernel="dense" if replicated else kernel,
-                     ranks=tuple(ranks), shards=tuple(shards), weight_bytes=rows * dim * FLOAT_BYTES,
-                     optimizer_bytes=states * FLOAT_BYTES,
-                     exact=not (replicated or (pooled and sharding_type == "row_wise")))
+def _automatic(module: nn.Module, config: SparseConfig, world: World, strict: bool, batch_requests: int,
+               ids_per_request: Mapping[str, float], fetches: Mapping[str, Floats] | None) -> Sequence[TablePlan]:
+    """The search of ``longer-rec plan``, on the bandwidths that TorchRec assumes."""
+    choices = {}
+    if fetches is not None and world.device.type == "cuda":  # on a CPU every kernel is plain memory
+        every = [table for each in find_collections(module).values() for table in table_configs(each)]
+        choices = {name: Choice(kernels=(place.kernel,), cache_load_factor=place.cache_load_factor)
+                   for name, place in place_equally(every, fetches, config, world).items()}
+    hardware = _hardware(world)
+    space = build_space(module, config, hardware, batch_requests, ids_per_request,
+                        int(_RESERVED * hardware.device_bytes), choices, strict)
+    plan = find_plan(space).plan
+    if plan is None:
+        raise ConfigError(f"no sharding plan fits {world.size} ranks of {hardware.device_bytes} bytes each, of which "
+                          f"{_RESERVED:.0%} are kept for the rest; use more ranks, smaller sparse.dims, or see what "
+                          "longer-rec plan says")
+    return plan.tables
 
 
-def _automatic(module: nn.Module, collections: Mapping[str, Collection], config: SparseConfig, world: World,
-               strict: bool, batch_requests: int, ids_per_request: Mapping[str, float],
-               fetches: Mapping[str, Floats] | None) -> list[TablePlan]:
-    constraints = {}
-    every = [table for collection in collections.values() for table in table_configs(collection)]
-    places = place_equally(every, fetches, config, world) if fetches is not None else {
-        table.name: Placement(config.kernel, None, 0.0) for table in every}
-    for collection in collections.values():
-        reasons = allowed_types(isinstance(collection, EmbeddingBagCollection), config, world.device, strict)
-        # Replicas are left to those who ask for them: they cost an all-reduce, and exactness over world sizes.
-        types = [name for name, reason in reasons.items() if not reason and name != "data_parallel"]
-        for table in table_configs(collection):
-            constraints[table.name] = ParameterConstraints(
-                sharding_types=splittable(types, table.num_embeddings, world.size),
-                # On a CPU every kernel is plain memory, and TorchRec's planner knows but one.
-                compute_kernels=[places[table.name].kernel if world.device.type == "cuda" else "fused"],
-                cache_params=cache_params(places[table.name].cache_load_factor, config.cache_policy),
-                pooling_factors=[ids_per_request.get(key, 1.0) for key in table.feature_names])
-    planner = EmbeddingShardingPlanner(topology=_topology(world), batch_size=batch_requests, constraints=constraints,
-                                       debug=False)
-    try:
-        proposed = planner.plan(module, build_sharders(config))
-    except PlannerError as error:
-        raise ConfigError(f"no sharding plan fits {world.size} ranks: {' '.join(str(error).split())[:300]}; use more "
-                          "ranks, smaller sparse.dims, or a sparse.plan of your own") from None
-    return [_from_proposal(path, table, isinstance(collection, EmbeddingBagCollection),
-                           cast(Any, proposed.plan[path])[table.name], places[table.name].kernel, config, world.size)
-            for path, collection in collections.items() for table in table_configs(collection)]
-
-
-def splittable(types: list[str], rows: int, world_size: int) -> list[str]:
-    """Without row-wise when its blocks would leave a rank empty."""
-    if math.ceil(rows / world_size) * (world_size - 1) < rows:
-        return types
-    return [name for name in types if name != "row_wise"]
-
-
-def _from_proposal(path: str, table: Any, pooled: bool, sharding: Any, kernel: str, config: SparseConfig,
-                   world_size: int) -> TablePlan:
-    shards = [Shard(rank=shard.placement.rank(), offsets=tuple(shard.shard_offsets), sizes=tuple(shard.shard_sizes))
-              for shard in (sharding.sharding_spec.shards if sharding.sharding_spec else ())]
-    return table_plan(path, table, pooled, sharding.sharding_type, kernel, shards, config, world_size)
-
-
-def _topology(world: World) -> Topology:
-    host_bytes = memory_bytes() // world.local_size
-    if world.device.type == "cuda":
-        _, total_bytes = torch.cuda.mem_get_info(world.device)
-        return Topology(world_size=world.size, local_world_size=world.local_size, compute_device="cuda",
-                        hbm_cap=total_bytes, ddr_cap=host_bytes)
-    return Topology(world_size=world.size, local_world_size=world.local_size, compute_device="cpu", ddr_cap=host_bytes)
+def _hardware(world: World) -> Hardware:
+    host_bytes, on_gpu = memory_bytes(), world.device.type == "cuda"
+    device_bytes = torch.cuda.mem_get_info(world.device)[1] if on_gpu else host_bytes // world.local_size
+    intra, inter, device, host = (1000.0 * rate for rate in (  # TorchRec counts bytes a millisecond
+        constants.INTRA_NODE_BANDWIDTH, constants.CROSS_NODE_BANDWIDTH,
+        constants.HBM_MEM_BW if on_gpu else constants.DDR_MEM_BW, constants.HBM_TO_DDR_MEM_BW))
+    return Hardware("this run", world.size, world.local_size, "cuda" if on_gpu else "cpu", device_bytes, host_bytes, 0,
+                    intra, inter, device, host, {})

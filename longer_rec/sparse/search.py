@@ -9,7 +9,7 @@ programming, give the same plan (``benchmarks/bench_planner.py`` compares).
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
@@ -28,59 +28,29 @@ from torchrec.distributed.planner.types import PlannerError, ShardEstimator, Sha
 from torchrec.distributed.planner.utils import reset_shard_rank
 
 from longer_rec.errors import ConfigError
-from longer_rec.sparse.planfile import FLOAT_BYTES, Shard, SparsePlan
-from longer_rec.sparse.planner import allowed_types, build_sharders, splittable, table_plan
-from longer_rec.sparse.tables import SparseConfig, check_names, find_collections, table_configs
+from longer_rec.sparse.options import (
+    Choice,
+    Hardware,
+    allowed_types,
+    build_sharders,
+    splittable,
+    state_bytes,
+    table_plan,
+)
+from longer_rec.sparse.placement import cache_bytes
+from longer_rec.sparse.planfile import FLOAT_BYTES, Shard, SparsePlan, cache_params
+from longer_rec.sparse.tables import KernelName, SparseConfig, check_names, find_collections, table_configs
 
 PROPOSERS: Mapping[str, Callable[[], Any]] = {
     "greedy": GreedyProposer, "uniform": UniformProposer, "grid": GridSearchProposer,
     "dynamic": DynamicProgrammingProposer}
 PARTITIONERS: Mapping[str, Callable[[], Any]] = {
     "perf": GreedyPerfPartitioner, "memory": MemoryBalancedPartitioner}
-KERNELS = ("fused", "fused_uvm", "fused_uvm_caching")
-# FBGEMM's default share of a table's rows in the device cache, and what it keeps for each slot and each row there.
+KERNELS: tuple[str, ...] = get_args(KernelName)
+# FBGEMM's default share of a table's rows in the device cache.
 CACHED_SHARE = 0.2
-_SLOT_BYTES, _ROW_BYTES, _ID_BYTES = 16, 4, 8
+_ID_BYTES = 8
 _MS = 1e-3
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """A cluster. Bytes are of one device (``device_bytes``, ``ssd_bytes``) or one host (``host_bytes``); rates are
-    bytes a second of one device in one direction, ``flops`` operations a second by precision, ``cores`` what the ranks
-    of a host share (0: each rank has its own processor)."""
-
-    name: str
-    world_size: int
-    ranks_per_host: int
-    device: Literal["cpu", "cuda"]
-    device_bytes: int
-    host_bytes: int
-    ssd_bytes: int
-    intra_bw: float
-    inter_bw: float
-    device_bw: float
-    host_bw: float
-    flops: Mapping[str, float]
-    cores: int = 0
-
-    @property
-    def host_bytes_per_rank(self) -> int:
-        return self.host_bytes // self.ranks_per_host
-
-    @property
-    def network_bw(self) -> float:
-        """What an exchange between all ranks is bound by."""
-        return self.intra_bw if self.world_size <= self.ranks_per_host else min(self.intra_bw, self.inter_bw)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a table may be; empty means whatever is allowed, and the configured kernel."""
-
-    sharding_types: tuple[str, ...] = ()
-    kernels: tuple[str, ...] = ()
-    min_columns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -189,7 +159,7 @@ def shard_bytes(option: ShardingOption, size: Sequence[int], config: SparseConfi
     rows, columns = size
     kernel = option.compute_kernel
     weights = rows * columns * FLOAT_BYTES
-    state = {"sgd": 0, "adagrad": rows * columns, "rowwise_adagrad": rows}[config.optimizer] * FLOAT_BYTES
+    state = rows * state_bytes(config.optimizer, columns)
     if option.sharding_type == "data_parallel":
         return ShardBytes(2 * weights, state, int(batch_requests * ids * (_ID_BYTES + columns * FLOAT_BYTES)), 0)
     parts = option.num_shards if option.sharding_type == "row_wise" else 1
@@ -198,8 +168,8 @@ def shard_bytes(option: ShardingOption, size: Sequence[int], config: SparseConfi
     exchange = int(looked_up * _ID_BYTES + 2 * embeddings * columns * FLOAT_BYTES)
     if kernel == "fused" or hardware.device == "cpu":
         return ShardBytes(weights, state, exchange, 0)
-    cached = CACHED_SHARE if kernel == "fused_uvm_caching" else 0.0
-    device = int(cached * rows * (columns * FLOAT_BYTES + _SLOT_BYTES)) + (rows * _ROW_BYTES if cached else 0)
+    cached = option.cache_load_factor or CACHED_SHARE if kernel == "fused_uvm_caching" else 0.0
+    device = cache_bytes(rows, columns * FLOAT_BYTES, int(cached * rows))
     # FBGEMM keeps the state of row-wise Adagrad on the device, whatever the kernel.
     on_device = state if config.optimizer == "rowwise_adagrad" else 0
     return ShardBytes(device, on_device, exchange, weights + state - on_device)
@@ -322,6 +292,7 @@ def _constraints(module: nn.Module, config: SparseConfig, hardware: Hardware, id
                 kernels = ["dense"]
             constraints[table.name] = ParameterConstraints(
                 sharding_types=types, compute_kernels=kernels, min_partition=choice.min_columns,
+                cache_params=cache_params(choice.cache_load_factor, config.cache_policy),
                 pooling_factors=[ids_per_request.get(key, 1.0) for key in table.feature_names])
     return constraints
 
@@ -333,8 +304,9 @@ def _sparse_plan(space: Space, assignment: Assignment) -> SparsePlan:
         shards = [] if option.sharding_type == "data_parallel" else [
             Shard(rank=rank, offsets=(shard.offset[0], shard.offset[1]), sizes=(shard.size[0], shard.size[1]))
             for shard, rank in zip(option.shards, ranks, strict=True)]
-        tables.append(table_plan(option.path, config, option.is_pooled, option.sharding_type, option.compute_kernel,
-                                 shards, space.config, space.hardware.world_size))
+        kernel = space.config.kernel if space.hardware.device == "cpu" else option.compute_kernel
+        tables.append(table_plan(option.path, config, option.is_pooled, option.sharding_type, kernel, shards,
+                                 space.config, space.hardware.world_size))
     return SparsePlan(world_size=space.hardware.world_size,
                       ranks_per_host=min(space.hardware.ranks_per_host, space.hardware.world_size),
                       device=space.hardware.device, tables=tuple(tables))

@@ -7,8 +7,8 @@ from torchrec.distributed.model_parallel import DataParallelWrapper, Distributed
 from torchrec.distributed.types import ShardingEnv
 
 from longer_rec.sparse.optimizers import apply_table_optimizer
+from longer_rec.sparse.options import build_sharders
 from longer_rec.sparse.planfile import SparsePlan
-from longer_rec.sparse.planner import build_sharders
 from longer_rec.sparse.tables import SparseConfig, SparseTables, find_collections
 
 

@@ -99,6 +99,7 @@ def test_tables_that_do_not_fit_need_more_ranks_or_host_memory(job: Job) -> None
     (["--topology", "8x80GB", "--constrain", "itm=row_wise"], "names table 'itm'"),
     (["--topology", "8x80GB", "--proposer", "greed"], "'greed' is unknown; use greedy, uniform, grid, dynamic"),
     (["--topology", "8x80GB", "--calibration", "none.json"], "none.json cannot be read"),
+    (["--topology", "8x80GB", "sparse.placement=auto"], "placement=auto goes by .* add sparse.placement=null"),
     (["--calibrate", "two"], "two is not a list of numbers")])
 def test_bad_words_end_in_one_line(commands: CommandServer, synthetic: Path, tmp_path: Path, options: list[str],
                                    message: str) -> None:

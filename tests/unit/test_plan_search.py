@@ -22,12 +22,11 @@ from longer_rec.plan.whatif import parse_constraints
 from longer_rec.runtime.distributed import World
 from longer_rec.schema import Feature, Schema, Table
 from longer_rec.sparse.optimizers import apply_table_optimizer
+from longer_rec.sparse.options import Choice, Hardware
 from longer_rec.sparse.planner import check_plan
 from longer_rec.sparse.search import (
     PARTITIONERS,
     PROPOSERS,
-    Choice,
-    Hardware,
     OncePerSize,
     Space,
     build_space,

@@ -1,0 +1,125 @@
+"""A machine, and what its tables may be: sharding types, kernels, and what a table comes to."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
+from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.types import ModuleSharder
+
+from longer_rec.sparse.planfile import FLOAT_BYTES, Shard, TablePlan
+from longer_rec.sparse.tables import ShardingName, SparseConfig, SparseOptimizerName, TableConfig
+
+SHARDING_TYPES: tuple[str, ...] = get_args(ShardingName)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A cluster. Bytes are of one device (``device_bytes``, ``ssd_bytes``) or one host (``host_bytes``); rates are
+    bytes a second of one device in one direction, ``flops`` operations a second by precision, ``cores`` what the ranks
+    of a host share (0: each rank has its own processor)."""
+
+    name: str
+    world_size: int
+    ranks_per_host: int
+    device: Literal["cpu", "cuda"]
+    device_bytes: int
+    host_bytes: int
+    ssd_bytes: int
+    intra_bw: float
+    inter_bw: float
+    device_bw: float
+    host_bw: float
+    flops: Mapping[str, float]
+    cores: int = 0
+
+    @property
+    def host_bytes_per_rank(self) -> int:
+        return self.host_bytes // self.ranks_per_host
+
+    @property
+    def network_bw(self) -> float:
+        """What an exchange between all ranks is bound by."""
+        return self.intra_bw if self.world_size <= self.ranks_per_host else min(self.intra_bw, self.inter_bw)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a table may be; empty means whatever is allowed, and the configured kernel."""
+
+    sharding_types: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
+    min_columns: int | None = None
+    cache_load_factor: float | None = None
+
+
+class BagSharder(EmbeddingBagCollectionSharder):
+    """Offers row-wise sharding on CPUs too, where it works but TorchRec's own sharder hides it."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        types: list[str] = super().sharding_types(compute_device_type)
+        return types if "row_wise" in types else [*types, "row_wise"]
+
+
+def build_sharders(config: SparseConfig) -> list[ModuleSharder[nn.Module]]:
+    """The sharders for every collection of this package."""
+    # Without a mode FBGEMM takes a weight decay and ignores it.
+    fused = {"weight_decay_mode": WeightDecayMode.DECOUPLE} if config.weight_decay else None
+    return [cast(ModuleSharder[nn.Module], BagSharder(fused)),
+            cast(ModuleSharder[nn.Module], EmbeddingCollectionSharder(fused))]
+
+
+def allowed_types(pooled: bool, config: SparseConfig, device: torch.device, strict: bool = False) -> dict[str, str]:
+    """For each sharding type, "" when a table may have it, or why not.
+
+    ``strict`` leaves those that give bitwise the same table on any number of ranks.
+    """
+    reasons = dict.fromkeys(SHARDING_TYPES, "")
+    if strict and pooled:
+        reasons["row_wise"] = ("each rank pools its own rows first, so the order of additions depends on the number of "
+                               "processes, which elastic.strict rules out; use table_wise, or elastic.strict=false")
+        reasons["data_parallel"] = ("replicas are summed rank by rank, in an order that depends on the number of "
+                                    "processes, which elastic.strict rules out; use table_wise, or "
+                                    "elastic.strict=false")
+    if config.optimizer == "rowwise_adagrad":
+        reasons["column_wise"] = ("rowwise_adagrad keeps one step size for each row and column shard, so the result "
+                                  "would depend on the number of shards; use adagrad, or table_wise or row_wise")
+    if not pooled and device.type == "cpu":
+        reasons["data_parallel"] = ("replicated sequence tables corrupt memory in TorchRec's CPU kernels; "
+                                    "use table_wise")
+    elif not pooled:
+        reasons["data_parallel"] = ("sequence tables are looked up once for all logical workers and are not "
+                                    "replicated; use table_wise")
+    elif config.weight_decay:
+        reasons["data_parallel"] = "sparse.weight_decay touches looked-up rows alone; use table_wise"
+    return reasons
+
+
+def splittable(types: list[str], rows: int, world_size: int) -> list[str]:
+    """Without row-wise when its blocks would leave a rank empty."""
+    if math.ceil(rows / world_size) * (world_size - 1) < rows:
+        return types
+    return [name for name in types if name != "row_wise"]
+
+
+def state_bytes(optimizer: SparseOptimizerName, columns: int) -> int:
+    """Optimizer state of one row."""
+    return {"sgd": 0, "adagrad": columns, "rowwise_adagrad": 1}[optimizer] * FLOAT_BYTES
+
+
+def table_plan(path: str, table: TableConfig, pooled: bool, sharding_type: str, kernel: str, shards: list[Shard],
+               config: SparseConfig, world_size: int) -> TablePlan:
+    """The plan of one table: what follows from its type and its shards."""
+    rows, dim = table.num_embeddings, table.embedding_dim
+    replicated = sharding_type == "data_parallel"
+    ranks = range(world_size) if replicated else (shard.rank for shard in shards)
+    return TablePlan(module=path, table=table.name, rows=rows, dim=dim, pooled=pooled,
+                     sharding_type=cast(ShardingName, sharding_type), kernel="dense" if replicated else kernel,
+                     ranks=tuple(ranks), shards=tuple(shards), weight_bytes=rows * dim * FLOAT_BYTES,
+                     optimizer_bytes=rows * state_bytes(config.optimizer, dim),
+                     exact=not (replicated or (pooled and sharding_type == "row_wise")))
