@@ -150,7 +150,7 @@ def plan(
 ) -> None:
     """Sharding plans for machines that are not there; exit code 1 when one of them has no plan."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from longer_rec.plan.calibrate import load_calibration
+    from longer_rec.config import load_config
     from longer_rec.plan.command import Request, calibrate_job, diff_plans, plan_job
     from longer_rec.plan.scenario import Constants
 
@@ -160,7 +160,7 @@ def plan(
         typer.echo("\n".join(diff_plans(*map(Path, configs))))
         return
     request = Request(topology or ["auto"], proposer.split(","), partitioner.split(","), sweep or (), constrain or (),
-                      out, load_calibration(calibration) if calibration else Constants())
+                      out, load_config(Constants, calibration) if calibration else Constants())
     job = _load_job(Path(configs[0]), configs[1:])
     if calibrate is not None:
         from longer_rec.train.measure import measure_job

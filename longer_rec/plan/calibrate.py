@@ -1,22 +1,17 @@
 """Predicted beside measured on this machine, and the constants that bring the two together."""
 
-import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 
-from longer_rec.config import build_config
 from longer_rec.data.history import Dataset
 from longer_rec.errors import ConfigError
-from longer_rec.job import Job, input_widths
-from longer_rec.model.longer import TowerConfig
-from longer_rec.model.memory import tower_bytes
-from longer_rec.plan.scenario import Constants, Outcome, Scenario, solve
+from longer_rec.job import Job
+from longer_rec.plan.scenario import Batch, Constants, Outcome, Scenario, solve
 from longer_rec.plan.show import Grid, make_grid
 from longer_rec.plan.topology import local_hardware, parse_topology
 from longer_rec.report.numbers import format_bytes
@@ -33,7 +28,7 @@ class Measurement(Protocol):
     @property
     def optimizer(self) -> list[int]: ...
     @property
-    def batches(self) -> list[list[tuple[list[int], list[int]]]]: ...
+    def batches(self) -> list[list[Batch]]: ...
     @property
     def peaks(self) -> list[int]: ...
 
@@ -56,14 +51,8 @@ class Compared:
 
     def bytes_of_activations(self) -> list[tuple[int, int]]:
         """(predicted, measured) peak of each profiled step."""
-        scenario = self.outcome.scenario
-        job = scenario.job
-        if not isinstance(job.model, TowerConfig):
-            return []
-        value_bytes = 2 if job.train.precision == "bf16" else 4
-        return [(max(sum(tower_bytes(job.model, input_widths(scenario.schema, job), len(scenario.schema.tasks), *batch,
-                                     job.train.recompute, value_bytes).values()) for batch in own), peak)
-                for own, peak in zip(self.measured.batches, self.measured.peaks, strict=True)]
+        predicted = [sum(self.outcome.scenario.largest_activations(own).values()) for own in self.measured.batches]
+        return [pair for pair in zip(predicted, self.measured.peaks, strict=True) if pair[0]]
 
 
 def calibrate(job: Job, dataset: Dataset, measure: Measure, ranks: Sequence[int], num_steps: int) -> list[Compared]:
@@ -91,14 +80,13 @@ def calibrate(job: Job, dataset: Dataset, measure: Measure, ranks: Sequence[int]
 def fit(compared: Sequence[Compared]) -> Constants:
     """Constants with the least squared relative error of all parts' seconds, none of them negative."""
     names = [name for name in Constants.model_fields if name not in ("device", "activations")]
-    rows, ones = [], []
+    rows = []
     for one in compared:
         for part, terms in one.outcome.terms.items():
             seconds = one.measured.seconds.get(part, 0.0)
             if seconds > 0:
                 rows.append([terms.get(name, 0.0) / seconds for name in names])
-                ones.append(1.0)
-    matrix, target = np.array(rows), np.array(ones)
+    matrix, target = np.array(rows), np.ones(len(rows))
     free = list(range(len(names)))
     values = np.zeros(len(names))
     while free:
@@ -112,12 +100,6 @@ def fit(compared: Sequence[Compared]) -> Constants:
     device = compared[0].outcome.scenario.hardware.device
     return Constants(device=device, activations=factor,
                      **{name: float(value) for name, value in zip(names, values, strict=True)})
-
-
-def predicted_seconds(one: Compared, constants: Constants) -> Mapping[str, float]:
-    """Seconds of each part with other constants."""
-    return {part: sum(getattr(constants, name) * value for name, value in terms.items())
-            for part, terms in one.outcome.terms.items()}
 
 
 def bytes_compared(compared: Sequence[Compared]) -> Grid:
@@ -137,24 +119,8 @@ def seconds_compared(compared: Sequence[Compared], constants: Constants) -> Grid
     """Measured seconds of each part beside those of the default and of the fitted constants."""
     rows = []
     for one in compared:
-        fitted, measured = predicted_seconds(one, constants), one.measured.seconds
+        fitted, measured = constants.seconds(one.outcome.terms), one.measured.seconds
         rows += [[str(one.outcome.scenario.hardware.world_size), part,
                   *(f"{1000 * value:.1f}" for value in (one.outcome.step_s[part], fitted[part], measured[part]))]
                  for part in fitted if part in measured]
     return make_grid("ranks|part|default ms|fitted ms|measured ms", "ranks|default ms|fitted ms|measured ms", rows)
-
-
-def save_calibration(constants: Constants, ranks: Sequence[int], path: Path) -> None:
-    """A small JSON file that ``--calibration`` reads."""
-    content = {"constants": constants.model_dump(), "ranks": list(ranks), "torch": str(torch.__version__)}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def load_calibration(path: Path) -> Constants:
-    """The constants in a file that ``--calibrate`` wrote."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return build_config(Constants, content["constants"], str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--calibration {path} cannot be read: {' '.join(str(error).split())[:100]}; write one with "
-                          "--calibrate") from None

@@ -1,7 +1,7 @@
 """``longer-rec plan``: from the words of the command line to plans, tables and a page."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from longer_rec.config import dump_config
 from longer_rec.data.history import open_dataset
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job
 from longer_rec.plan import show
-from longer_rec.plan.calibrate import Measure, bytes_compared, calibrate, fit, save_calibration, seconds_compared
+from longer_rec.plan.calibrate import Measure, bytes_compared, calibrate, fit, seconds_compared
 from longer_rec.plan.plans import plan_differences, plan_hash
 from longer_rec.plan.scenario import KINDS, Constants, Outcome, Scenario
 from longer_rec.plan.topology import parse_topology
@@ -63,12 +64,15 @@ def plan_job(job: Job, request: Request) -> bool:
     for scenario, own_axes in zip(scenarios, axes, strict=True):
         outcomes = compare(scenario, request.proposers, request.partitioners)
         all_fit &= outcomes[0].fits
-        section = _found(console, outcomes) if outcomes[0].fits else _unfit(console, scenario)
+        section = _found(outcomes) if outcomes[0].fits else _unfit(scenario)
         if own_axes:
             section["sweep"] = show.sweep_section(own_axes, list(sweep(scenario, own_axes)))
-            show.print_grid(console, f"What if: {section['sweep']['axis']}", section["sweep"]["table"])
+            section["grids"].append((f"What if: {section['sweep']['axis']}", section["sweep"]["table"]))
+        console.print(f"\n[bold]{section['name']}[/]  {section['about']}")
+        for title, grid in section["grids"]:
+            show.print_grid(console, title, grid)
         if outcomes[0].fits:
-            _save(console, outcomes[0], request, section)
+            _save(console, outcomes[0], request)
         sections.append(section)
     _make_directory(request.out)
     about = (f"{len(dataset.schema.tables)} tables, L = {job.data.max_events}, {job.data.batch_requests} requests a "
@@ -79,38 +83,30 @@ def plan_job(job: Job, request: Request) -> bool:
     return all_fit
 
 
-def _found(console: Console, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _found(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     best = outcomes[0]
-    section = {**_head(best.scenario), "searches": show.searches_grid(outcomes), "tables": show.tables_grid(best),
-               "bytes": show.bytes_grid(best),
-               "ranks": {kind: best.held[kind] for kind in KINDS}, "limit": best.scenario.hardware.device_bytes,
-               "tiles": [("fullest rank", format_bytes(best.fullest)), ("max / mean", f"{best.imbalance:.2f}"),
-                         ("step, estimated", f"{1000 * best.total_s:.3g} ms"),
-                         ("plan", plan_hash(best.found.plan) if best.found.plan else "")]}
-    console.print(f"\n[bold]{best.scenario.hardware.name}[/]  {section['about']}")
-    show.print_grid(console, "Searches", section["searches"])
-    show.print_grid(console, "Plan", section["tables"])
-    show.print_grid(console, "Bytes of a rank's device", section["bytes"])
-    return section
+    return {**_head(best.scenario), "ranks": {kind: best.held[kind] for kind in KINDS},
+            "limit": best.scenario.hardware.device_bytes,
+            "tiles": [("fullest rank", format_bytes(best.fullest)), ("max / mean", f"{best.imbalance:.2f}"),
+                      ("step, estimated", f"{1000 * best.total_s:.3g} ms"),
+                      ("plan", plan_hash(best.found.plan) if best.found.plan else "")],
+            "grids": [("Searches", show.searches_grid(outcomes)), ("Plan", show.tables_grid(best)),
+                      ("Bytes of a rank's device", show.bytes_grid(best))]}
 
 
-def _unfit(console: Console, scenario: Scenario) -> dict[str, Any]:
+def _unfit(scenario: Scenario) -> dict[str, Any]:
     """What is missing, and what would help."""
     free = scenario.hardware.device_bytes - scenario.reserved_bytes
     fixed = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in scenario.fixed_bytes.items())
-    section = _head(scenario)
+    section, found = _head(scenario), remedies(scenario)
     section["about"] += (f". No plan fits: of {format_bytes(scenario.hardware.device_bytes)} a rank "
                          f"{format_bytes(max(0, free))} are left for tables, after {fixed} and "
                          f"{format_bytes(scenario.headroom_bytes)} kept free")
-    section["need"] = show.needs_grid(needs(scenario.space()), free)
-    found = remedies(scenario)
-    console.print(f"\n[bold]{scenario.hardware.name}[/]  {section['about']}")
-    show.print_grid(console, "What each table needs at least", section["need"])
+    section["grids"] = [("What each table needs at least", show.needs_grid(needs(scenario.space()), free))]
     if found:
-        section["remedies"] = show.remedies_grid(found)
-        show.print_grid(console, "Any one of these makes it fit (planned again)", section["remedies"])
+        section["grids"].append(("Any one of these makes it fit (planned again)", show.remedies_grid(found)))
     else:
-        console.print("No single change of ranks, columns, host memory, batch or L makes it fit.")
+        section["about"] += ". No single change of ranks, columns, host memory, batch or L makes it fit"
     return section
 
 
@@ -124,7 +120,7 @@ def _head(scenario: Scenario) -> dict[str, Any]:
         f"{hardware.inter_bw / 1e9:.3g} GB/s between hosts")}
 
 
-def _save(console: Console, best: Outcome, request: Request, section: Mapping[str, Any]) -> None:
+def _save(console: Console, best: Outcome, request: Request) -> None:
     plan, hardware, job = best.found.plan, best.scenario.hardware, best.scenario.job
     assert plan is not None
     world = World(0, hardware.world_size, 0, min(hardware.ranks_per_host, hardware.world_size),
@@ -145,7 +141,7 @@ def _make_directory(path: Path) -> None:
 
 
 def calibrate_job(job: Job, ranks: Sequence[int], out: Path, measure: Measure) -> None:
-    """Run a few steps on each number of ranks, print predicted beside measured, write ``calibration.json``."""
+    """Run a few steps on each number of ranks, print predicted beside measured, write ``calibration.yaml``."""
     quiet_libraries()
     compared = calibrate(job, open_dataset(job.data.dir, verify=False), measure, ranks, _CALIBRATION_STEPS)
     constants = fit(compared)
@@ -153,8 +149,8 @@ def calibrate_job(job: Job, ranks: Sequence[int], out: Path, measure: Measure) -
     show.print_grid(console, f"Bytes, {job.name}", bytes_compared(compared))
     show.print_grid(console, "Seconds of a step", seconds_compared(compared, constants))
     _make_directory(out)
-    save_calibration(constants, ranks, out / "calibration.json")
-    console.print(f"calibration: {out / 'calibration.json'}", soft_wrap=True)
+    (out / "calibration.yaml").write_text(dump_config(constants), encoding="utf-8")
+    console.print(f"calibration: {out / 'calibration.yaml'}", soft_wrap=True)
 
 
 def diff_plans(first: Path, second: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """One question to the planner: this job, on that machine. And its answer: bytes of every rank, seconds of a step."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -31,6 +31,9 @@ _SAMPLED_BATCHES = 32
 _HEADROOM = 0.08
 _BACKWARD_PER_FORWARD = 2
 
+# History lengths and candidate counts of its requests.
+Batch = tuple[list[int], list[int]]
+
 
 class Constants(Config):
     """What cannot be read off a data sheet; ``--calibrate`` fits them to the machine at hand.
@@ -48,6 +51,10 @@ class Constants(Config):
     latency_s: float = pydantic.Field(2e-5, ge=0)
     activations: float = pydantic.Field(1.0, gt=0)
 
+    def seconds(self, terms: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+        """Of each part of a step, from what ``step_terms`` counts."""
+        return {part: sum(getattr(self, name) * value for name, value in each.items()) for part, each in terms.items()}
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -57,8 +64,7 @@ class Workload:
     candidate_counts: tuple[tuple[int, ...], ...]
     user_ids: Mapping[str, float]
 
-    def cut(self, max_events: int) -> list[tuple[list[int], list[int]]]:
-        """(history lengths, candidate counts) of each batch."""
+    def cut(self, max_events: int) -> list[Batch]:
         return [([min(length, max_events) for length in lengths], list(counts))
                 for lengths, counts in zip(self.history_lengths, self.candidate_counts, strict=True)]
 
@@ -111,6 +117,11 @@ class Scenario:
             hardware = replace(hardware, **machine)
         return replace(self, job=job, hardware=hardware, **changes)
 
+    def with_choice(self, tables: Iterable[TableConfig], **choice: Any) -> "Scenario":
+        """With this said of these tables, beside what is said of them already."""
+        changed = {table.name: replace(self.choices.get(table.name, Choice()), **choice) for table in tables}
+        return replace(self, choices={**self.choices, **changed})
+
     @cached_property
     def schema(self) -> Schema:
         schema = self.dataset.schema
@@ -160,17 +171,19 @@ class Scenario:
                 **{f"candidates.{feature.name}": candidates for feature in self.schema.item_features},
                 **self.workload.user_ids}
 
+    def largest_activations(self, batches: Iterable[Batch]) -> dict[str, int]:
+        """Bytes by part of the tower, of the batch that needs most; none for a baseline."""
+        model, train = self.job.model, self.job.train
+        if not isinstance(model, TowerConfig):
+            return {}
+        sizes = [tower_bytes(model, input_widths(self.schema, self.job), len(self.schema.tasks), *batch,
+                             train.recompute, 2 if train.precision == "bf16" else 4) for batch in batches]
+        return max(sizes, key=lambda parts: sum(parts.values()))
+
     @cached_property
     def activation_parts(self) -> dict[str, int]:
         """Bytes by part of the tower, of the sampled batch that needs most."""
-        model = self.job.model
-        if not isinstance(model, TowerConfig):
-            return {}
-        value_bytes = 2 if self.job.train.precision == "bf16" else 4
-        batches = [tower_bytes(model, input_widths(self.schema, self.job), len(self.schema.tasks), lengths, counts,
-                               self.job.train.recompute, value_bytes)
-                   for lengths, counts in self.workload.cut(self.job.data.max_events)]
-        largest = max(batches, key=lambda parts: sum(parts.values()))
+        largest = self.largest_activations(self.workload.cut(self.job.data.max_events))
         return {name: int(size * self.constants.activations) for name, size in largest.items()}
 
     @cached_property
@@ -263,9 +276,7 @@ def solve(scenario: Scenario, proposer: str = "greedy", partitioner: str = "perf
         for name, values in times.items():
             values[shard.rank] += getattr(shard, f"{name}_s")
     terms = step_terms(scenario, {name: max(values) for name, values in times.items()})
-    seconds = {part: sum(getattr(scenario.constants, name) * value for name, value in each.items())
-               for part, each in terms.items()}
-    return Outcome(scenario, proposer, partitioner, found, held, host, terms, seconds)
+    return Outcome(scenario, proposer, partitioner, found, held, host, terms, scenario.constants.seconds(terms))
 
 
 def step_terms(scenario: Scenario, tables: Mapping[str, float]) -> dict[str, dict[str, float]]:

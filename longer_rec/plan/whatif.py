@@ -2,8 +2,8 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
@@ -60,9 +60,9 @@ def _change(name: str, value: str, scenario: Scenario) -> Callable[[Scenario], S
     if name == "kernels":
         if value not in KERNELS:
             raise ConfigError(f"{where} is no kernel; use one of {', '.join(KERNELS)}")
-        return lambda one: one.change(choices=_all_tables(one, kernels=(value,)))
+        return lambda one: one.with_choice(one.tables, kernels=(value,))
     if name == "constraints":
-        return lambda one: one.change(choices=_of_types(one, value.split("+")))
+        return lambda one: _of_types(one, value.split("+"))
     try:
         number = float(value) if name == "rows" else int(value)
     except ValueError:
@@ -87,23 +87,16 @@ def _with_ranks(scenario: Scenario, ranks: int) -> Scenario:
     return scenario.change(world_size=ranks)
 
 
-def _all_tables(scenario: Scenario, **choice: Any) -> dict[str, Choice]:
-    return {table.name: replace(scenario.choices.get(table.name, Choice()), **choice)
-            for table in scenario.tables}
-
-
-def _of_types(scenario: Scenario, types: list[str]) -> dict[str, Choice]:
+def _of_types(scenario: Scenario, types: list[str]) -> Scenario:
     """These sharding types for every table that is large enough for one of them."""
     ranks = scenario.hardware.world_size
-    return {table.name: replace(scenario.choices.get(table.name, Choice()),
-                                sharding_types=tuple(splittable(types, table.num_embeddings, ranks)))
-            for table in scenario.tables}
+    for table in scenario.tables:
+        scenario = scenario.with_choice([table], sharding_types=tuple(splittable(types, table.num_embeddings, ranks)))
+    return scenario
 
 
 def sweep(scenario: Scenario, axes: Sequence[Axis]) -> Iterator[tuple[tuple[str, ...], Outcome]]:
     """The values of each combination, and what a greedy search finds there."""
-    if len(axes) > 2:
-        raise ConfigError(f"{len(axes)} sweeps were asked for; use one or two at a time")
     for combination in itertools.product(*(axis.values for axis in axes)):
         changed = scenario
         for _, change in combination:
@@ -186,9 +179,8 @@ def _column_splits(scenario: Scenario) -> _Ladder:
     columns = largest.embedding_dim if scenario.hardware.device_bytes > scenario.reserved_bytes else 0
     while columns and columns % (2 * DIM_MULTIPLE) == 0:
         columns //= 2
-        choice = Choice(("column_wise",), min_columns=columns)
         yield (f"table {largest.name!r} column_wise in shards of {columns} columns",
-               scenario.change(choices={**scenario.choices, largest.name: choice}))
+               scenario.with_choice([largest], sharding_types=("column_wise",), kernels=(), min_columns=columns))
 
 
 def _offloads(scenario: Scenario) -> _Ladder:
@@ -198,10 +190,8 @@ def _offloads(scenario: Scenario) -> _Ladder:
     tables = sorted(scenario.tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
     for count in [*(1 << power for power in range(len(tables).bit_length()) if 1 << power < len(tables)), len(tables)]:
         for kernel in ("fused_uvm_caching", "fused_uvm"):
-            moved = {table.name: replace(scenario.choices.get(table.name, Choice()), kernels=(kernel,))
-                     for table in tables[:count]}
-            names = ", ".join(moved) if count <= 3 else f"the {count} largest tables"
-            yield f"{names} in host memory ({kernel})", scenario.change(choices={**scenario.choices, **moved})
+            names = ", ".join(table.name for table in tables[:count]) if count <= 3 else f"the {count} largest tables"
+            yield f"{names} in host memory ({kernel})", scenario.with_choice(tables[:count], kernels=(kernel,))
 
 
 def _smaller_batches(scenario: Scenario) -> _Ladder:

@@ -42,20 +42,24 @@ def write_report(run_dir: Path) -> Path:
     A file that is not there costs its section, which says so; a damaged one raises ``DataError``.
     """
     files = read_run_files(run_dir)
+    path = run_dir / "report.html"
+    write_page(path, "report.html.j2", head=headline(files), results=results(files), curves=curves(files),
+               speed=speed(files), data=data(files), plan=plan(files), machine=environment(files),
+               config=highlight_yaml(files.config_text) if files.config_text else None)
+    return path
+
+
+def write_page(path: Path, template: str, **content: Any) -> None:
+    """Fill a template of this package; the file is there whole or not at all."""
     pages = jinja2.Environment(loader=jinja2.PackageLoader("longer_rec.report", "."), autoescape=True,
                                undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = pages.get_template("report.html.j2").render(
-        head=headline(files), results=results(files), curves=curves(files), speed=speed(files), data=data(files),
-        plan=plan(files), config=highlight_yaml(files.config_text) if files.config_text else None,
-        machine=environment(files))
-    path = run_dir / "report.html"
-    unfinished = path.with_name("report.html.tmp")
+    page = pages.get_template(template).render(**content)
+    unfinished = path.with_name(f"{path.name}.tmp")
     try:
         unfinished.write_text(page, encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}; free space or correct its permissions") from None
-    return path
 
 
 def headline(files: RunFiles) -> Section:

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,24 +23,14 @@ from longer_rec.report.numbers import (
     is_number,
 )
 
+if TYPE_CHECKING:
+    from longer_rec.runtime.cluster_check import Check  # imports torch, which a report does without
+
 Row = Mapping[str, Any]
 
 # Rich assumes 80 columns where there is no terminal, and folds tables that a log file has room for.
 _LOG_WIDTH: Final = 140
 _STATUS_STYLE: Final = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-
-
-class Check(Protocol):
-    """One line of the doctor: ``status`` is "ok", "warn" or "fail"; ``remedy`` is a line to type, or ""."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def status(self) -> str: ...
-    @property
-    def detail(self) -> str: ...
-    @property
-    def remedy(self) -> str: ...
 
 
 def make_console() -> Console:
@@ -88,7 +78,7 @@ def best_value(metric: str, rows: Sequence[Row]) -> float | None:
     return min(values, key=distance.get(metric, float), default=None)
 
 
-def doctor_table(checks: Sequence[Check], console: Console | None = None) -> None:
+def doctor_table(checks: "Sequence[Check]", console: Console | None = None) -> None:
     """Print each check with its status, then the lines to type, unfolded so that they can be copied."""
     console = console or make_console()
     table = _table(None, ["check", "status", "found"])

@@ -58,7 +58,7 @@ def check_cluster(world: World, data: Callable[[], str] | None = None) -> list[C
     times: list[float] = [0.0] * world.size
     dist.all_gather_object(times, time.time())
     checks.append(check_clocks(times))
-    for name, operation in (("all-reduce", _all_reduce), ("all-to-all", _all_to_all)):
+    for name, operation in (("all-reduce", _all_reduce), ("all-to-all", all_to_all)):
         checks += [_measure(world, f"{name} {size}", operation, num_bytes) for size, num_bytes in _SIZES.items()]
     return checks
 
@@ -124,23 +124,29 @@ def _all_reduce(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _all_to_all(values: torch.Tensor) -> torch.Tensor:
+def all_to_all(values: torch.Tensor) -> torch.Tensor:
+    """A block to each rank, and one from each."""
     received = torch.empty_like(values)
     dist.all_to_all_single(received, values)
     return received
 
 
 def _measure(world: World, name: str, operation: Callable[[torch.Tensor], torch.Tensor], num_bytes: int) -> Check:
-    """The best of a few repeats, each as long as its slowest rank takes."""
     values = torch.zeros(-(-num_bytes // 4 // world.size) * world.size, device=world.device)
+    best_s = exchange_s(operation, values)
+    size = values.numel() * values.element_size()
+    return Check(name, "ok", f"{best_s * 1e6:.0f} µs" if size < 1 << 16 else
+                 f"{best_s * 1e3:.2f} ms, {size / best_s / 1e9:.2f} GB/s per rank")
+
+
+def exchange_s(operation: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor) -> float:
+    """Seconds that the slowest rank takes, in the best of a few repeats; collective."""
     best_s = float("inf")
     for _ in range(_REPEATS):
         dist.barrier()
         start = time.perf_counter()
         float(operation(values)[0])  # a GPU has finished when the value is here
-        slowest = torch.tensor(time.perf_counter() - start, device=world.device)
+        slowest = torch.tensor(time.perf_counter() - start, device=values.device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         best_s = min(best_s, float(slowest))
-    size = values.numel() * values.element_size()
-    return Check(name, "ok", f"{best_s * 1e6:.0f} µs" if size < 1 << 16 else
-                 f"{best_s * 1e3:.2f} ms, {size / best_s / 1e9:.2f} GB/s per rank")
+    return best_s

@@ -7,16 +7,15 @@ Source: fbgemm_gpu 1.8, split_embeddings_cache/lru_cache_populate.cu and lfu_cac
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from longer_rec.sparse.placement import Floats
 from longer_rec.sparse.planfile import SparsePlan, TablePlan
+from longer_rec.sparse.tables import CachePolicy
 
-Policy = Literal["lru", "lfu"]
 I64 = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 # Distinct rows of each table in one step, and how often the step looks each of them up.
 Step = Mapping[str, tuple[I64, I64]]
 
@@ -31,7 +30,7 @@ class CacheSimulation:
     too short to fill a cache. ``expected`` (V) is how often each row is looked up in the long run.
     """
 
-    def __init__(self, num_slots: int, policy: Policy, expected: Floats) -> None:
+    def __init__(self, num_slots: int, policy: CachePolicy, expected: Floats) -> None:
         self.num_sets = max(1, -(-num_slots // WAYS))
         self._lfu = policy == "lfu"
         self._ids = np.full((self.num_sets, WAYS), -1, np.int64)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from longer_rec.batch import RequestBatch, concat_batches
+from longer_rec.runtime.cluster_check import all_to_all, exchange_s
 from longer_rec.schema import Feature, Schema, Table
 from longer_rec.sparse.init import initialize_tables
 from longer_rec.sparse.optimizers import apply_table_optimizer
@@ -100,15 +101,7 @@ def _compare(model: torch.nn.Module, reference: SparseTables, batches: list[Requ
 def _bandwidth(rank: int, world_size: int, device_name: str) -> str:
     """GB a second and rank through all-to-all."""
     device = torch.device(device_name, rank) if device_name == "cuda" else torch.device("cpu")
-    sent = torch.zeros(_PROBE_BYTES // 4, device=device)
-    received = torch.empty_like(sent)
-    best_s = float("inf")
-    for _ in range(5):
-        dist.barrier()
-        start = time.perf_counter()
-        dist.all_to_all_single(received, sent)
-        float(received[0])  # a GPU has finished when the value is here
-        best_s = min(best_s, time.perf_counter() - start)
+    best_s = exchange_s(all_to_all, torch.zeros(_PROBE_BYTES // 4, device=device))
     return f"{_PROBE_BYTES / best_s / 1e9:.2f} GB/s per rank"
 
 

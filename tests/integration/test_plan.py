@@ -7,17 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from longer_rec.config import load_config
+from longer_rec.config import dump_config, load_config
 from longer_rec.data.history import open_dataset
 from longer_rec.job import Job
-from longer_rec.plan.calibrate import (
-    Compared,
-    calibrate,
-    fit,
-    load_calibration,
-    predicted_seconds,
-    save_calibration,
-)
+from longer_rec.plan.calibrate import Compared, calibrate, fit
 from longer_rec.plan.scenario import Constants, Scenario, solve
 from longer_rec.plan.topology import parse_topology
 from longer_rec.plan.whatif import remedies
@@ -98,7 +91,7 @@ def test_tables_that_do_not_fit_need_more_ranks_or_host_memory(job: Job) -> None
     (["--topology", "8x80GB", *["--sweep", "L=9"] * 3], "3 sweeps were asked for; use one or two"),
     (["--topology", "8x80GB", "--constrain", "itm=row_wise"], "names table 'itm'"),
     (["--topology", "8x80GB", "--proposer", "greed"], "'greed' is unknown; use greedy, uniform, grid, dynamic"),
-    (["--topology", "8x80GB", "--calibration", "none.json"], "none.json cannot be read"),
+    (["--topology", "8x80GB", "--calibration", "none.yaml"], "cannot read none.yaml"),
     (["--topology", "8x80GB", "sparse.placement=auto"], "placement=auto goes by .* add sparse.placement=null"),
     (["--calibrate", "two"], "two is not a list of numbers")])
 def test_bad_words_end_in_one_line(commands: CommandServer, synthetic: Path, tmp_path: Path, options: list[str],
@@ -124,12 +117,12 @@ def test_predicted_bytes_are_those_of_a_real_run(job: Job, tmp_path: Path) -> No
     constants = fit(compared)
     # The fit is nearer to what was measured than the constants it began with.
     assert squared_error(compared, constants) <= squared_error(compared, Constants())
-    save_calibration(constants, [1, 2], tmp_path / "calibration.json")
-    assert load_calibration(tmp_path / "calibration.json") == constants
+    (tmp_path / "calibration.yaml").write_text(dump_config(constants))
+    assert load_config(Constants, tmp_path / "calibration.yaml") == constants
 
 
 def squared_error(compared: list[Compared], constants: Constants) -> float:
-    return sum((predicted_seconds(one, constants)[part] / seconds - 1) ** 2 for one in compared
+    return sum((constants.seconds(one.outcome.terms)[part] / seconds - 1) ** 2 for one in compared
                for part, seconds in one.measured.seconds.items())
 
 

@@ -13,11 +13,11 @@ from longer_rec.errors import ConfigError
 from longer_rec.report.numbers import format_kernel
 from longer_rec.runtime.distributed import World
 from longer_rec.sparse import placement
-from longer_rec.sparse.cache import WAYS, CacheSimulation, Policy, forecast_caches
+from longer_rec.sparse.cache import WAYS, CacheSimulation, forecast_caches
 from longer_rec.sparse.placement import MIN_COVERAGE, WHOLE_SHARE, Placement, TableDemand, place_tables
 from longer_rec.sparse.planfile import SparsePlan, load_plan, save_plan
 from longer_rec.sparse.planner import build_plan
-from longer_rec.sparse.tables import SparseConfig, build_tables
+from longer_rec.sparse.tables import CachePolicy, SparseConfig, build_tables
 from tests.reference.batches import SCHEMA
 
 HUGE = 1 << 60
@@ -169,7 +169,7 @@ def test_placement_without_frequencies_is_refused() -> None:
         build_plan(build_tables(SCHEMA, config), config, WORLD)
 
 
-def cache_ref(cache: CacheSimulation, policy: Policy, expected: np.ndarray, steps: list) -> list[list[bool]]:
+def cache_ref(cache: CacheSimulation, policy: CachePolicy, expected: np.ndarray, steps: list) -> list[list[bool]]:
     """Hits of each step by the definition, row by row; ``cache`` only tells the set of a row."""
     set_of = {row: int(cache._set_of(np.asarray([row]))[0]) for row in range(len(expected))}
     used = dict(enumerate(expected.astype(int)))  # LFU: times; LRU: when last
@@ -196,7 +196,7 @@ def cache_ref(cache: CacheSimulation, policy: Policy, expected: np.ndarray, step
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_the_simulated_cache_is_the_one_defined(policy: Policy) -> None:
+def test_the_simulated_cache_is_the_one_defined(policy: CachePolicy) -> None:
     random = np.random.default_rng(1)
     # Many rows of one set in one step, more than it holds, and hot ones again and again.
     expected = random.permutation(600) * 7.0
@@ -210,7 +210,7 @@ def test_the_simulated_cache_is_the_one_defined(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_a_step_never_evicts_its_own_rows_and_a_cache_of_everything_always_hits(policy: Policy) -> None:
+def test_a_step_never_evicts_its_own_rows_and_a_cache_of_everything_always_hits(policy: CachePolicy) -> None:
     everything = np.arange(WAYS)
     cache = CacheSimulation(WAYS, policy, np.zeros(10 * WAYS))
     cache.access(everything + 64, np.ones(WAYS, np.int64))
