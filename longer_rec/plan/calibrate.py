@@ -13,7 +13,7 @@ from longer_rec.errors import ConfigError
 from longer_rec.job import Job
 from longer_rec.plan.scenario import Batch, Constants, Outcome, Scenario, solve
 from longer_rec.plan.show import Grid, make_grid
-from longer_rec.plan.topology import local_hardware, parse_topology
+from longer_rec.plan.topology import parse_topology
 from longer_rec.report.numbers import format_bytes
 from longer_rec.sparse.planfile import save_plan
 
@@ -60,9 +60,8 @@ def calibrate(job: Job, dataset: Dataset, measure: Measure, ranks: Sequence[int]
     compared = []
     with tempfile.TemporaryDirectory(prefix="longer_rec-") as name:
         folder = Path(name)
-        hardware = local_hardware()
         for number in ranks:
-            machine = parse_topology(f"{number}xauto", hardware)
+            machine = parse_topology(f"{number}xauto")
             # Steps 2 and on, of all workers: those that are timed.
             num_workers = job.elastic.num_workers or number
             own = Scenario(job, dataset, machine, batches=range(2 * num_workers, (2 + num_steps) * num_workers))

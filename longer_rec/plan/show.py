@@ -13,7 +13,6 @@ from longer_rec.plan.whatif import Axis, Need, Remedy
 from longer_rec.report.numbers import MISSING, format_bytes, format_count, format_ranks
 
 Grid = dict[str, Any]
-_PARTS = ("lookup", "tower", "reduce", "sparse", "dense")
 
 
 def make_grid(head: str, numeric: str, rows: Sequence[Sequence[str]], **more: Any) -> Grid:
@@ -33,12 +32,13 @@ def print_grid(console: Console, title: str, grid: Grid) -> None:
 
 def searches_grid(outcomes: Sequence[Outcome]) -> Grid:
     """Every search, the chosen one first."""
-    head = "proposer|partitioner|fullest rank|max/mean|step ms|" + "|".join(_PARTS) + "|planned in|proposals|placed"
+    parts = outcomes[0].step_s.keys()
+    head = "proposer|partitioner|fullest rank|max/mean|step ms|" + "|".join(parts) + "|planned in|proposals|placed"
     rows = []
     for one in outcomes:
         found, fits = one.found, one.fits
         measures = [format_bytes(one.fullest), f"{one.imbalance:.2f}", _ms(one.total_s),
-                    *(_ms(one.step_s[part]) for part in _PARTS)] if fits else ["no plan fits", *[MISSING] * 7]
+                    *(_ms(one.step_s[part]) for part in parts)] if fits else ["no plan fits", *[MISSING] * 7]
         rows.append([one.proposer, one.partitioner, *measures, f"{found.seconds:.2f} s",
                      format_count(found.num_proposals), format_count(found.num_partitioned)])
     return make_grid(head, head.partition("partitioner|")[2], rows, own=0)

@@ -22,6 +22,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any, Literal
 
 from longer_rec.errors import ConfigError
@@ -54,11 +55,8 @@ _FORM = ("use RANKSxMEMORY or RANKSxPRESET with options, such as 8x80GB, 16xH100
 _OPTIONS = ("local", "host", "ssd", "intra", "inter", "device")
 
 
-def parse_topology(text: str, here: Hardware | None = None) -> Hardware:
-    """The machine that a ``--topology`` describes; ``ConfigError`` names what cannot be understood.
-
-    ``here`` saves measuring this machine again for "auto".
-    """
+def parse_topology(text: str) -> Hardware:
+    """The machine that a ``--topology`` describes; ``ConfigError`` names what cannot be understood."""
     head, _, tail = text.partition(":")
     match = re.fullmatch(r"(?:(\d+)x)?([\w.]+)", head.strip())
     if match is None:
@@ -67,7 +65,7 @@ def parse_topology(text: str, here: Hardware | None = None) -> Hardware:
     if ranks is not None and not 1 <= ranks <= _MAX_RANKS:
         raise ConfigError(f"--topology {text!r} has {ranks} ranks; 1 to {_MAX_RANKS} can be planned for")
     options = _options(text, tail)
-    hardware = here if here and match[2] == "auto" else _base(text, match[2], options.pop("device", "cuda"))
+    hardware = _base(text, match[2], options.pop("device", "cuda"))
     ranks = ranks or hardware.world_size
     local = int(options.pop("local", min(ranks, hardware.ranks_per_host)))
     if not 1 <= local <= ranks or ranks % local:
@@ -132,8 +130,9 @@ def _rate(text: str, where: str) -> float:
     return float(match[1]) * 1e6 * 1000 ** "MGT".index(match[2]) / (8 if match[3] == "b" else 1)
 
 
+@cache
 def local_hardware() -> Hardware:
-    """This machine: its GPUs, or its cores as ranks; the rate between two ranks is measured."""
+    """This machine: its GPUs, or its cores as ranks; the rate between two ranks is measured, once."""
     gpus = machine.gpus()
     if not gpus:
         ranks, memory = machine.num_cores(), machine.memory_bytes()

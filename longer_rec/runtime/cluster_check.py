@@ -110,9 +110,7 @@ def check_clocks(times: Sequence[float]) -> Check:
 def _check_pairs(world: World) -> Check:
     """Each rank sends its number to each other one, on the device that training uses."""
     sent = torch.full((world.size,), world.rank, device=world.device)
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent)
-    right = torch.tensor(int(received.tolist() == list(range(world.size))), device=world.device)
+    right = torch.tensor(int(all_to_all(sent).tolist() == list(range(world.size))), device=world.device)
     dist.all_reduce(right, dist.ReduceOp.MIN)
     backend = "NCCL" if world.device.type == "cuda" else "gloo"
     return Check("pairs", "ok" if int(right) else "fail", f"{world.size} ranks {'all' if int(right) else 'do not'} "

@@ -8,7 +8,7 @@ programming, give the same plan (``benchmarks/bench_planner.py`` compares).
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 import torch
@@ -88,17 +88,16 @@ class Found:
     num_partitioned: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Space:
-    """Every way to shard every table, estimated for one machine and one batch."""
+    """Every way to shard every table, estimated for one machine and one batch; ``sizes`` of shards by id of option."""
 
     module: nn.Module
     config: SparseConfig
     hardware: Hardware
     topology: Topology
     options: list[ShardingOption]
-    seconds: float
-    sizes: dict[int, list[ShardBytes]] = field(default_factory=dict)
+    sizes: Mapping[int, list[ShardBytes]]
 
 
 def build_space(module: nn.Module, config: SparseConfig, hardware: Hardware, batch_requests: int,
@@ -108,7 +107,6 @@ def build_space(module: nn.Module, config: SparseConfig, hardware: Hardware, bat
 
     ``ConfigError`` for a choice that names no table, or a type or kernel that this machine or optimizer rules out.
     """
-    start = time.perf_counter()
     constraints = _constraints(module, config, hardware, ids_per_request, choices, strict)
     on_gpu = hardware.device == "cuda"
     free = max(1, hardware.device_bytes - reserved_bytes)  # TorchRec 1.6 takes 0 for "not given"
@@ -122,17 +120,16 @@ def build_space(module: nn.Module, config: SparseConfig, hardware: Hardware, bat
     enumerator = EmbeddingEnumerator(topology, batch_requests, constraints,
                                      OncePerSize(EmbeddingPerfEstimator(topology, constraints)))
     options = enumerator.enumerate(module, build_sharders(config))
-    space = Space(module, config, hardware, topology, options, 0.0)
+    every: dict[int, list[ShardBytes]] = {}
     ids = {name: sum(constraint.pooling_factors) for name, constraint in constraints.items()}
     for option in options:
         sizes = [shard_bytes(option, shard.size, config, hardware, batch_requests, ids[option.name])
                  for shard in option.shards]
-        space.sizes[id(option)] = sizes
+        every[id(option)] = sizes
         for shard, size in zip(option.shards, sizes, strict=True):
             device = size.weights + size.optimizer + size.exchange
             shard.storage = Storage(device, size.host) if on_gpu else Storage(0, device + size.host)
-    space.seconds = time.perf_counter() - start
-    return space
+    return Space(module, config, hardware, topology, options, every)
 
 
 class OncePerSize(ShardEstimator):
@@ -272,9 +269,9 @@ def _constraints(module: nn.Module, config: SparseConfig, hardware: Hardware, id
         for table in table_configs(collection):
             choice = choices.get(table.name, Choice())
             for name in choice.sharding_types:
-                if reasons.get(name, f"known are {', '.join(reasons)}"):
-                    raise ConfigError(f"table {table.name!r} cannot be {name}: "
-                                      f"{reasons.get(name, 'known are ' + ', '.join(reasons))}")
+                reason = reasons.get(name, f"known are {', '.join(reasons)}")
+                if reason:
+                    raise ConfigError(f"table {table.name!r} cannot be {name}: {reason}")
             known = KERNELS if hardware.device == "cuda" else KERNELS[:1]  # on a CPU all of them are plain memory
             for name in choice.kernels:
                 if name not in known:
