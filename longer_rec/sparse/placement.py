@@ -227,14 +227,9 @@ def apply_placement(tables: Sequence[TablePlan], fetches: Mapping[str, Floats], 
                for table in tables if table.shards}
     replicated = sum(table.weight_bytes + table.optimizer_bytes for table in tables if not table.shards)
     places = _place(demands, config, world, replicated) if demands else {}
-    return [table.model_copy(update=plan_fields(places[table.table], config)) if table.shards else table
-            for table in tables]
-
-
-def plan_fields(placement: Placement, config: SparseConfig) -> dict[str, object]:
-    """A placement as fields of ``TablePlan``."""
-    return {"kernel": placement.kernel, "cache_load_factor": placement.cache_load_factor,
-            "cache_policy": config.cache_policy, "coverage": round(placement.coverage, 4)}
+    return [table.model_copy(update={
+        "kernel": place.kernel, "cache_load_factor": place.cache_load_factor, "cache_policy": config.cache_policy,
+        "coverage": round(place.coverage, 4)}) if (place := places.get(table.table)) else table for table in tables]
 
 
 def _demand(dim: int, fetches: Floats, shares: Sequence[float], config: SparseConfig) -> TableDemand:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tests.integration.conftest import CONFIG, TINY
+from tests.reference.commands import CommandServer
 
 ROOT = Path(__file__).parents[2]
 RUN = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore",
@@ -115,8 +116,9 @@ def test_the_doctor_of_a_cluster_prints_once_and_fails_when_a_rank_differs(synth
 @pytest.mark.parametrize(("arguments", "told"), [
     (["--distributed"], "this is the only one; start it with torchrun or srun"),
     (["--data", "data/synthetic"], "add --distributed")])
-def test_a_doctor_that_is_asked_the_wrong_way_says_how(commands: object, arguments: list[str], told: str) -> None:
-    outcome = commands.run("doctor", *arguments)  # type: ignore[attr-defined]
+def test_a_doctor_that_is_asked_the_wrong_way_says_how(commands: CommandServer, arguments: list[str],
+                                                             told: str) -> None:
+    outcome = commands.run("doctor", *arguments)
     assert outcome.code == 2
     assert told in outcome.err
     assert outcome.err.count("\n") == 1
