@@ -229,14 +229,13 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A search and what its plan costs: ``held[kind][rank]`` in bytes, ``host`` bytes by rank, ``step_s`` by part."""
+    """A search and what its plan costs: ``held[kind][rank]`` in bytes, ``step_s`` by part."""
 
     scenario: Scenario
     proposer: str
     partitioner: str
     found: Found
     held: Mapping[str, list[int]]
-    host: list[int]
     terms: Mapping[str, Mapping[str, float]]
     step_s: Mapping[str, float]
 
@@ -266,17 +265,14 @@ def solve(scenario: Scenario, proposer: str = "greedy", partitioner: str = "perf
     found = find_plan(space, proposer, partitioner)
     num_ranks = scenario.hardware.world_size
     held = {kind: [scenario.fixed_bytes.get(kind, 0)] * num_ranks for kind in KINDS}
-    host = [0] * num_ranks
     times = {name: [0.0] * num_ranks for name in ("forward", "forward_exchange", "backward", "backward_exchange")}
     for shard in found.placed:
-        for kind, size in (("weights", shard.size.weights), ("optimizer", shard.size.optimizer),
-                           ("exchange", shard.size.exchange)):
-            held[kind][shard.rank] += size
-        host[shard.rank] += shard.size.host
+        for kind in KINDS[:3]:
+            held[kind][shard.rank] += getattr(shard.size, kind)
         for name, values in times.items():
             values[shard.rank] += getattr(shard, f"{name}_s")
     terms = step_terms(scenario, {name: max(values) for name, values in times.items()})
-    return Outcome(scenario, proposer, partitioner, found, held, host, terms, scenario.constants.seconds(terms))
+    return Outcome(scenario, proposer, partitioner, found, held, terms, scenario.constants.seconds(terms))
 
 
 def step_terms(scenario: Scenario, tables: Mapping[str, float]) -> dict[str, dict[str, float]]:

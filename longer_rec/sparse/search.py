@@ -78,11 +78,10 @@ class Placed:
 
 @dataclass(frozen=True)
 class Found:
-    """The best plan of a search, or None; ``rating_s`` is the slowest rank's time in the tables."""
+    """The best plan of a search, or None, and what it took to find."""
 
     plan: SparsePlan | None
     placed: tuple[Placed, ...]
-    rating_s: float
     seconds: float
     num_proposals: int
     num_partitioned: int
@@ -175,17 +174,17 @@ def shard_bytes(option: ShardingOption, size: Sequence[int], config: SparseConfi
 def find_plan(space: Space, proposer: str = "greedy", partitioner: str = "perf") -> Found:
     """The best of all proposals that can be placed."""
     start = time.perf_counter()
-    best, rating, num_proposals, num_partitioned = search_proposals(
+    best, _, num_proposals, num_partitioned = search_proposals(
         space.options, space.topology, PROPOSERS[proposer](), PARTITIONERS[partitioner]())
     seconds = time.perf_counter() - start
     if best is None:
-        return Found(None, (), float("inf"), seconds, num_proposals, num_partitioned)
+        return Found(None, (), seconds, num_proposals, num_partitioned)
     placed = tuple(
         Placed(option.name, rank, size, shard.perf.fwd_compute * _MS, shard.perf.fwd_comms * _MS,
                shard.perf.bwd_compute * _MS, shard.perf.bwd_comms * _MS)
         for option, ranks in best
         for shard, rank, size in zip(option.shards, ranks, space.sizes[id(option)], strict=True))
-    return Found(_sparse_plan(space, best), placed, rating * _MS, seconds, num_proposals, num_partitioned)
+    return Found(_sparse_plan(space, best), placed, seconds, num_proposals, num_partitioned)
 
 
 Assignment = list[tuple[ShardingOption, list[int]]]

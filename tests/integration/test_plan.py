@@ -80,7 +80,7 @@ def test_tables_that_do_not_fit_need_more_ranks_or_host_memory(job: Job) -> None
         assert remedy.outcome.fullest <= 16 << 30
     ranks = found[0].outcome.scenario.hardware.world_size
     assert not solve(large.change(world_size=ranks - 2)).fits
-    assert sum(found[1].outcome.host) > 16 << 30
+    assert sum(shard.size.host for shard in found[1].outcome.found.placed) > 16 << 30
 
 
 @pytest.mark.parametrize(("options", "message"), [
