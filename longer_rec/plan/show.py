@@ -6,11 +6,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from longer_rec.plan.scenario import KINDS, Outcome
 from longer_rec.plan.whatif import Axis, Need, Remedy
 from longer_rec.report.numbers import MISSING, format_bytes, format_count, format_ranks
+from longer_rec.report.terminal import make_table
 
 Grid = dict[str, Any]
 
@@ -21,10 +21,8 @@ def make_grid(head: str, numeric: str, rows: Sequence[Sequence[str]], **more: An
 
 
 def print_grid(console: Console, title: str, grid: Grid) -> None:
-    """Borderless, as the other tables of this package."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 1))
-    for name, numeric in grid["head"]:
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
+    head = dict(grid["head"])
+    table = make_table(title, list(head), [name for name in head if head[name]], space=1)
     for number, row in enumerate(grid["rows"]):
         table.add_row(*map(escape, row), style="bold" if number == grid.get("own") else None)
     console.print(table)

@@ -14,7 +14,7 @@ from longer_rec.plan.scenario import Outcome, Scenario, solve
 from longer_rec.plan.topology import parse_bytes
 from longer_rec.sparse.options import Choice, allowed_types, splittable
 from longer_rec.sparse.planfile import FLOAT_BYTES
-from longer_rec.sparse.search import KERNELS, PARTITIONERS, PROPOSERS, ShardBytes, Space
+from longer_rec.sparse.search import KERNELS, PARTITIONERS, PROPOSERS, Space
 from longer_rec.sparse.tables import DIM_MULTIPLE, ShardingName
 
 _MAX_RANKS = 4096
@@ -119,16 +119,12 @@ def needs(space: Space) -> list[Need]:
     least: dict[str, Need] = {}
     for option in space.options:
         sizes = space.sizes[id(option)]
-        need = Need(option.name, sum(map(_on_device, sizes)), max(map(_on_device, sizes)),
+        need = Need(option.name, sum(size.device for size in sizes), max(size.device for size in sizes),
                     sum(size.host for size in sizes))
         if option.name not in least or (need.largest_shard, need.total) < (
                 least[option.name].largest_shard, least[option.name].total):
             least[option.name] = need
     return sorted(least.values(), key=lambda need: -need.total)
-
-
-def _on_device(size: ShardBytes) -> int:
-    return size.weights + size.optimizer + size.exchange
 
 
 @dataclass(frozen=True)

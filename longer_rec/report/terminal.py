@@ -40,7 +40,7 @@ def make_console() -> Console:
 
 def plan_table(rows: Sequence[Row], console: Console | None = None) -> None:
     """Print the tables of a ``plan.json``: one row each with its placement and its bytes, and their sum."""
-    table = _table("Sharding plan", ["table", "rows", "dim", "sharding", "kernel", "ranks", "weights", "optimizer"],
+    table = make_table("Sharding plan", ["table", "rows", "dim", "sharding", "kernel", "ranks", "weights", "optimizer"],
                    numeric=("rows", "dim", "weights", "optimizer"))
     for row in rows:
         table.add_row(escape(row["table"]), format_count(row["rows"]), str(row["dim"]), row["sharding_type"],
@@ -58,7 +58,7 @@ def results_table(rows: Sequence[Row], console: Console | None = None) -> None:
     metrics = [name for name in RESULT_METRICS if any(is_number(row.get(name)) for row in rows)]
     timed = any(row.get("train_s") for row in rows)
     numeric = [METRIC_TITLES[name] for name in metrics] + ["training"] * timed
-    table = _table("Results", ["model", *numeric], numeric)
+    table = make_table("Results", ["model", *numeric], numeric)
     best = {name: best_value(name, rows) for name in metrics}
     for row in rows:
         cells = [escape(str(row["name"]))]
@@ -81,7 +81,7 @@ def best_value(metric: str, rows: Sequence[Row]) -> float | None:
 def doctor_table(checks: "Sequence[Check]", console: Console | None = None) -> None:
     """Print each check with its status, then the lines to type, unfolded so that they can be copied."""
     console = console or make_console()
-    table = _table(None, ["check", "status", "found"])
+    table = make_table(None, ["check", "status", "found"])
     for check in checks:
         style = _STATUS_STYLE.get(check.status, "dim")
         table.add_row(escape(check.name), f"[{style}]{check.status}[/]", escape(check.detail))
@@ -91,9 +91,10 @@ def doctor_table(checks: "Sequence[Check]", console: Console | None = None) -> N
             console.print(f"{check.name}: {check.remedy}", markup=False, soft_wrap=True)
 
 
-def _table(title: str | None, columns: Sequence[str], numeric: Container[str] = ()) -> Table:
+def make_table(title: str | None, columns: Sequence[str], numeric: Container[str] = (), space: int = 2) -> Table:
     """Borderless; numbers to the right, and only free text may fold."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 2))
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None,
+                  padding=(0, space))
     for name in columns:
         table.add_column(name, justify="right" if name in numeric else "left", no_wrap=name != "found")
     return table

@@ -62,6 +62,10 @@ class ShardBytes:
     exchange: int
     host: int
 
+    @property
+    def device(self) -> int:
+        return self.weights + self.optimizer + self.exchange
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -126,8 +130,7 @@ def build_space(module: nn.Module, config: SparseConfig, hardware: Hardware, bat
                  for shard in option.shards]
         every[id(option)] = sizes
         for shard, size in zip(option.shards, sizes, strict=True):
-            device = size.weights + size.optimizer + size.exchange
-            shard.storage = Storage(device, size.host) if on_gpu else Storage(0, device + size.host)
+            shard.storage = Storage(size.device, size.host) if on_gpu else Storage(0, size.device + size.host)
     return Space(module, config, hardware, topology, options, every)
 
 
