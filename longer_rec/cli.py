@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from longer_rec.errors import CheckpointError, ConfigError, LongerRecError
+from longer_rec.runtime.preemption import end_on_stop
 
 if TYPE_CHECKING:
     from longer_rec.job import Job
@@ -37,6 +38,7 @@ def prepare(
 @app.command()
 def train(config: Annotated[Path, typer.Argument(help="YAML file")], overrides: Overrides = None) -> None:
     """Train a ranker on this process, or as one rank under torchrun. Resumes by itself from its run directory."""
+    end_on_stop()
     _train(_load_job(config, overrides))
 
 
@@ -48,6 +50,7 @@ def launch(
     max_restarts: Annotated[int, typer.Option(help="how often to start again after a rank is lost")] = 3,
 ) -> None:
     """Train on many ranks of this host; starts again by itself when a rank dies or stops."""
+    end_on_stop()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # FBGEMM's import asks whether there is a GPU: without this, that would leave CUDA unusable in forked ranks.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -121,9 +124,10 @@ def diff(first: Path, second: Path, detail: Detail = False) -> None:
     """What differs between two runs or checkpoints, and from which step on; exit code 1 when a tensor does."""
     from longer_rec.checkpoint.inspect import diff_checkpoints, difference_lines, find_checkpoint
     from longer_rec.train.digests import digest_lines
+    from longer_rec.train.run_dir import setting_lines
 
     difference = diff_checkpoints(find_checkpoint(first), find_checkpoint(second))
-    for line in (*digest_lines(first, second), *difference_lines(difference, detail)):
+    for line in (*setting_lines(first, second), *digest_lines(first, second), *difference_lines(difference, detail)):
         typer.echo(line)
     if not difference.tensors:
         typer.echo("all tensors are bitwise equal")

@@ -178,7 +178,7 @@ class CheckpointManager:
             try:
                 manifest = self._verify(path)
             except CheckpointError as error:
-                faults[step] = str(error)
+                faults[step] = str(error).removesuffix("; use another checkpoint")
                 continue
             for damaged, fault in faults.items() if _rank() == 0 else ():
                 _log.warning("checkpoint step-%d is passed over for step-%d: %s", damaged, step, fault)
@@ -212,7 +212,8 @@ class CheckpointManager:
             # No rank is writing any more. A full disk is not left fuller than it was.
             if _rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"saving step {step}: {error}") from None
+            raise CheckpointError(f"saving step {step}: {error}; make room or repair the storage, then start again to "
+                                  "continue from the checkpoint before") from None
 
     def _clear_temporary(self, temporary: Path) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,8 @@ def read_manifest(directory: Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
         digest = content.pop("digest")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} is no manifest of a checkpoint ({error!r}); use another checkpoint") from None
+        reason = error.strerror if isinstance(error, OSError) else repr(error)
+        raise CheckpointError(f"{path} is no manifest of a checkpoint ({reason}); use another checkpoint") from None
     if digest != _digest(content):
         raise CheckpointError(f"{path} is damaged: it does not match its own digest; use another checkpoint")
     try:

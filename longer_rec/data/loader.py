@@ -13,7 +13,7 @@ from longer_rec.data.batches import make_batch
 from longer_rec.data.history import Dataset
 from longer_rec.data.order import sample_positions, sample_rows
 from longer_rec.data.transport import PackedBatches, pack_batches, unpack_batches
-from longer_rec.errors import ConfigError, LongerRecError
+from longer_rec.errors import ConfigError, LongerRecError, RankLost
 from longer_rec.runtime.preemption import leave_stopping_to_parent
 
 
@@ -27,6 +27,7 @@ class DataConfig(Config):
     fresh_negatives: bool = pydantic.Field(True, description="other negatives each epoch")
     loader_processes: int = pydantic.Field(1, ge=0, description="per rank; 0 makes batches in the trainer itself")
     prefetch_batches: int = pydantic.Field(4, ge=1, description="steps made ahead")
+    timeout_s: float = pydantic.Field(120.0, gt=0, description="of waiting for a batch of a loading process")
 
 
 class TrainLoader:
@@ -123,9 +124,20 @@ def _background(make: Callable[[int], list[RequestBatch]], indices: Sequence[int
     loader = torch.utils.data.DataLoader(
         _Made(make), batch_size=None, sampler=indices, num_workers=config.loader_processes,
         multiprocessing_context="fork", prefetch_factor=max(config.prefetch_batches // config.loader_processes, 1),
-        worker_init_fn=lambda _: leave_stopping_to_parent(),
+        worker_init_fn=lambda _: leave_stopping_to_parent(), timeout=config.timeout_s,
         generator=torch.Generator())  # its own: the trainer's random state must not depend on how data is loaded
-    for packed in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            packed = next(batches, None)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            raise RankLost(f"no batch came from its loading process within data.timeout_s={config.timeout_s:g}: the "
+                           f"storage under {config.dir} does not answer, or the process is stopped; start again to "
+                           "continue from the last checkpoint, or raise it") from None
+        if packed is None:
+            return
         if isinstance(packed, LongerRecError):
             raise packed
         yield unpack_batches(packed)

@@ -5,6 +5,8 @@ import os
 
 import torch
 
+from longer_rec.errors import ConfigError
+
 
 def make_deterministic() -> None:
     """Deterministic kernels, one intra-op thread a process: the thread count picks the order of additions."""
@@ -12,7 +14,10 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     # Filling every torch.empty costs memory bandwidth and guards against reading it, which no kernel here does.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    if not threads.isdigit() or int(threads) < 1:
+        raise ConfigError(f"environment variable OMP_NUM_THREADS={threads!r} is no number of threads; use 1")
+    torch.set_num_threads(int(threads))
 
 
 def derive_seed(*parts: int | str) -> int:

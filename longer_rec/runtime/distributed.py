@@ -61,6 +61,9 @@ def joined_world(timeout_s: float = 120.0) -> Iterator[World]:
             # The group stays as it is: to leave it NCCL may wait for the lost rank, and this process ends anyway.
             raise _rank_lost(roll_call, size, timeout_s, error) from error
         _leave(roll_call)
+        if (killed := _killed_helper(error)) is not None:
+            raise RankLost(f"a process that loads data ended, for want of memory perhaps ({killed}); start again to "
+                           "continue from the last checkpoint") from None
         raise
     _leave(roll_call)
 
@@ -108,6 +111,15 @@ def _is_from_group(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _killed_helper(error: BaseException | None) -> str | None:
+    """What torch says of a loading process that was killed, wherever the signal of its end has interrupted us."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+            return " ".join(str(error).split())
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _rank_lost(roll_call: RollCall | None, size: int, timeout_s: float, error: BaseException) -> RankLost:

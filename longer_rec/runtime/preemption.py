@@ -1,12 +1,21 @@
 """Being told to stop: SIGTERM or SIGUSR1 of a scheduler, a launcher or a person."""
 
-import os
 import signal
-import threading
 from types import FrameType
-from typing import Self
+from typing import NoReturn, Self
+
+from longer_rec.errors import Preempted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def end_on_stop() -> None:
+    """Until a ``StopSignal`` is entered, end with ``Preempted``: a scheduler must not read a failure into it."""
+    def end(*_: object) -> NoReturn:
+        raise Preempted("told to stop before there was anything to save; start again")
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, end)
 
 
 class StopSignal:
@@ -33,16 +42,10 @@ class StopSignal:
 
 
 def leave_stopping_to_parent() -> None:
-    """In a process that helps another one: a stop signal ends it only when that one sends it.
+    """In a process that helps another one: a stop signal does not end it, its parent does.
 
     Launchers and schedulers signal the ranks and their helpers alike, and a rank whose data process has gone cannot
-    finish its step and save.
+    finish its step and save. Ignored and not blocked: libraries start threads after a fork, with masks of their own.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-    def wait() -> None:
-        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, name="stop signals", daemon=True).start()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -44,7 +44,8 @@ def digest_lines(first: Path, second: Path) -> list[str]:
         return []
     found = first_difference(first, second)
     if found is None:
-        return ["digests: equal at every step that both logged"]
+        common = _read_digests(first).keys() & _read_digests(second).keys()
+        return [f"digests: equal at all {len(common)} steps that both logged, the last of them {max(common)}"]
     step, names = found
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return [f"digests: first different at step {step}, in {', '.join(names[:_SHOWN])}{more}"]

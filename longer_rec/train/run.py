@@ -90,7 +90,7 @@ def replay_run(run_dir: Path) -> list[str]:
         trainer = Trainer(job, dataset, world, parallelize(job, dataset, world), num_workers)
         if not trainer.restore(CheckpointManager(run_dir / "failure")):
             raise CheckpointError(f"{run_dir} holds no step that was given up; there is nothing to replay")
-        return [f"step {trainer.step}", *replay_step(trainer)]
+        return [f"step {trainer.step + 1}, not finite in it:", *replay_step(trainer)]
 
 
 def _replan(job: Job) -> Job:

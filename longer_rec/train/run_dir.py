@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import longer_rec
+from longer_rec.checkpoint.manifest import fsync_directory, write_durably
 from longer_rec.config import dump_config, load_config
 from longer_rec.data.history import Dataset
 from longer_rec.errors import CheckpointError
@@ -75,7 +76,8 @@ def _check_empty(directory: Path) -> None:
     """Empty, or what a start that was killed here had come to."""
     begun = {_LOCK, "run.json", "run.json.tmp", "config.yaml.tmp"}
     if not directory.is_dir() or {path.name for path in directory.iterdir()} - begun:
-        raise CheckpointError(f"{directory} exists, is not empty and is no run directory; choose another run_dir")
+        raise CheckpointError(f"{directory} exists, is not empty and is no run directory: it has no config.yaml; "
+                              "restore that, or choose another run_dir")
 
 
 @contextlib.contextmanager
@@ -124,6 +126,14 @@ def load_job(directory: Path) -> Job:
     return load_config(Job, path, [f"run_dir={directory}"])
 
 
+def setting_lines(first: Path, second: Path) -> list[str]:
+    """What differs in the settings of two run directories, for reading; nothing when one of them is none."""
+    if not all((run / "config.yaml").is_file() for run in (first, second)):
+        return []
+    changed = changed_keys(load_job(first), load_job(second))
+    return [f"settings: {', '.join(changed)} differ"] if changed else []
+
+
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -142,10 +152,11 @@ def read_run(directory: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old content or the new, never half of it."""
+    """A reader sees the old content or the new, never half of it, also after a loss of power."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    write_durably(temporary, text)
     temporary.replace(path)
+    fsync_directory(path.parent)
 
 
 def _describe_run(dataset: Dataset, num_workers: int) -> dict[str, Any]:

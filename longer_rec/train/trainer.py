@@ -74,6 +74,7 @@ class Trainer:
         self.step = 0
         self.bad_steps = 0
         self.skipped_steps = 0
+        self.always_strict = job.elastic.is_strict
         self.elapsed_s = 0.0
         self._tallied = (0, 0, 0)
 
@@ -180,6 +181,7 @@ class Trainer:
                 "step": self.step, "samples": self.step * self.num_workers * self.job.data.batch_requests,
                 "elapsed_s": self.elapsed_s, "bad_steps": self.bad_steps, "skipped_steps": self.skipped_steps,
                 "num_workers": self.num_workers, "world_size": self.world.size, "name": self.job.name,
+                "always_strict": self.always_strict,
                 "data_fingerprint": self.dataset.fingerprint, "numerics": numerics(self.world.device)})
 
     def restore(self, checkpoints: CheckpointManager) -> bool:
@@ -192,6 +194,10 @@ class Trainer:
                                   f"{extra['data_fingerprint'][:12]}, not on {self.dataset.fingerprint[:12]}; "
                                   "choose another run_dir")
         self._check_numerics(extra["numerics"])
+        if self.always_strict and not extra["always_strict"]:
+            raise CheckpointError("elastic.strict promises bitwise the same model, but earlier steps were trained "
+                                  "without it; set elastic.strict=false, or start anew in another run_dir")
+        self.always_strict = extra["always_strict"]
         self.step, self.elapsed_s = extra["step"], extra["elapsed_s"]
         self.bad_steps, self.skipped_steps = extra["bad_steps"], extra["skipped_steps"]
         return True
@@ -219,9 +225,9 @@ class Trainer:
             self.step -= self.bad_steps
             self.save(dump)
             dump.wait()
-            raise DataError(f"{self.bad_steps} steps in a row from step {self.step} on had a loss or gradient that is "
-                            f"not finite (loss {result.loss}); lower dense.lr or sparse.lr, or see with `longer-rec "
-                            f"replay {self.job.run_dir}` where it begins")
+            raise DataError(f"{self.bad_steps} steps in a row, from step {self.step + 1} on, had a loss or gradient "
+                            f"that is not finite (loss {result.loss}); see with `longer-rec replay {self.job.run_dir}` "
+                            "where it begins; lower dense.lr or sparse.lr in another run_dir")
 
     def _write_digests(self, log: RunLog | None) -> None:
         every = self.job.elastic.digest_every

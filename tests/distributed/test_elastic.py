@@ -175,6 +175,8 @@ def test_a_strict_run_is_not_continued_with_other_threads(shop: Path, tmp_path: 
     with pytest.raises(RankFailure, match=r"CheckpointError: elastic\.strict promises.*threads was 1, is 2.*or set"):
         run_ranks(train_rank, 1, tmp_path / "run", shop, COMMON)
     run_ranks(train_rank, 1, tmp_path / "run", shop, (*COMMON, "elastic.strict=false"), 2)
+    with pytest.raises(RankFailure, match=r"CheckpointError: elastic\.strict promises.*earlier steps .* without it"):
+        run_ranks(train_rank, 1, tmp_path / "run", shop, COMMON)
 
 
 def test_learning_rates_follow_the_step_and_not_the_processes(shop: Path, tmp_path: Path) -> None:

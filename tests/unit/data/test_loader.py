@@ -1,6 +1,7 @@
 """The loader delivers a function of (seed, step, worker), whoever asks and from wherever."""
 
 import multiprocessing
+import os
 import signal
 import subprocess
 from dataclasses import fields
@@ -16,7 +17,7 @@ from longer_rec.data.batches import make_batch
 from longer_rec.data.history import Dataset
 from longer_rec.data.loader import DataConfig, EvalLoader, TrainLoader
 from longer_rec.data.transport import pack_batches, unpack_batches
-from longer_rec.errors import ConfigError, DataError
+from longer_rec.errors import ConfigError, DataError, RankLost
 from tests.unit.data.logs import prepared, random_log
 
 
@@ -127,7 +128,7 @@ def test_a_stop_signal_to_all_processes_leaves_the_step_under_way_its_batches(da
     expected = train(dataset, range(2))
     steps = iter(TrainLoader(dataset, config(dataset, loader_processes=2, prefetch_batches=2), seed=5, num_workers=4,
                              workers=range(2), start_step=0, num_steps=6))
-    received = [next(steps)]
+    received = [next(steps), next(steps)]  # one of each process: both have begun
     helpers = multiprocessing.active_children()
     assert len(helpers) == 2
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -138,14 +139,28 @@ def test_a_stop_signal_to_all_processes_leaves_the_step_under_way_its_batches(da
             assert_same(first, second)
 
 
-def test_a_loading_process_ends_when_its_trainer_tells_it(dataset: Dataset) -> None:
+def test_a_loading_process_ends_with_its_loader(dataset: Dataset) -> None:
     steps = iter(TrainLoader(dataset, config(dataset, loader_processes=1), seed=5, num_workers=4, workers=range(2),
                              start_step=0, num_steps=600))
     next(steps)
     helper, = multiprocessing.active_children()
-    helper.terminate()
+    del steps
     helper.join(5)
     assert helper.exitcode == 0
+
+
+def test_a_loading_process_that_does_not_answer_ends_the_wait(dataset: Dataset) -> None:
+    """As on storage that hangs: no other rank would ever miss this one when all wait alike."""
+    steps = iter(TrainLoader(dataset, config(dataset, loader_processes=1, prefetch_batches=1, timeout_s=2), seed=5,
+                             num_workers=4, workers=range(2), start_step=0, num_steps=600))
+    next(steps)
+    helper, = multiprocessing.active_children()
+    os.kill(helper.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(RankLost, match=r"no batch came .* within data.timeout_s=2: .*start again"):
+            list(steps)
+    finally:
+        os.kill(helper.pid, signal.SIGKILL)
 
 
 def test_workers_outside_the_logical_ones_are_refused(dataset: Dataset) -> None:
