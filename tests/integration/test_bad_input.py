@@ -264,8 +264,8 @@ def test_the_directory_of_another_run(commands: CommandServer, trained: Path, tm
 
 
 @pytest.mark.parametrize(("run_dir", "message"), [
-    ("letters", r"letters exists, is not empty and is no run directory; choose another run_dir"),
-    ("letters/a.txt", r"a\.txt exists, is not empty and is no run directory; choose another run_dir"),
+    ("letters", r"letters exists, is not empty and is no run directory: .*; restore that, or choose another"),
+    ("letters/a.txt", r"a\.txt exists, is not empty and is no run directory: .*; restore that, or choose another"),
     ("letters/a.txt/run", r"cannot write run_dir=.*a\.txt/run: Not a directory; check space and permissions"),
 ])
 def test_a_run_dir_that_cannot_be(commands: CommandServer, synthetic: Path, tmp_path: Path, run_dir: str,
