@@ -77,7 +77,10 @@ def calibrate(job: Job, dataset: Dataset, measure: Measure, ranks: Sequence[int]
 
 
 def fit(compared: Sequence[Compared]) -> Constants:
-    """Constants with the least squared relative error of all parts' seconds, none of them negative."""
+    """Constants with the least squared relative error of all parts' seconds.
+
+    One that the measurements would make negative, for they cannot tell it from another, keeps its default.
+    """
     names = [name for name in Constants.model_fields if name not in ("device", "activations")]
     rows = []
     for one in compared:
@@ -87,9 +90,10 @@ def fit(compared: Sequence[Compared]) -> Constants:
                 rows.append([terms.get(name, 0.0) / seconds for name in names])
     matrix, target = np.array(rows), np.ones(len(rows))
     free = list(range(len(names)))
-    values = np.zeros(len(names))
+    values = np.array([getattr(Constants(), name) for name in names])
     while free:
-        solved = np.linalg.lstsq(matrix[:, free], target, rcond=None)[0]
+        kept = [column for column in range(len(names)) if column not in free]
+        solved = np.linalg.lstsq(matrix[:, free], target - matrix[:, kept] @ values[kept], rcond=None)[0]
         if (solved >= 0).all():
             values[free] = solved
             break

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from longer_rec.config import dump_config
 from longer_rec.data.history import open_dataset
+from longer_rec.elastic.assignment import resolve_num_workers
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job
 from longer_rec.plan import show
@@ -60,6 +61,10 @@ def plan_job(job: Job, request: Request) -> bool:
     axes = [[parse_axis(text, scenario) for text in request.sweeps] for scenario in scenarios]
     if len(request.sweeps) > 2:
         raise ConfigError(f"{len(request.sweeps)} sweeps were asked for; use one or two at a time")
+    for scenario in scenarios:
+        resolve_num_workers(job.elastic, scenario.hardware.world_size)
+        _make_directory(request.out)
+        _plan_path(scenario, request).unlink(missing_ok=True)  # of an earlier call, whose job or machine was another
     console, sections, all_fit = make_console(), [], True
     for scenario, own_axes in zip(scenarios, axes, strict=True):
         outcomes = compare(scenario, request.proposers, request.partitioners)
@@ -74,7 +79,6 @@ def plan_job(job: Job, request: Request) -> bool:
         if outcomes[0].fits:
             _save(console, outcomes[0], request)
         sections.append(section)
-    _make_directory(request.out)
     about = (f"{len(dataset.schema.tables)} tables, L = {job.data.max_events}, {job.data.batch_requests} requests a "
              f"worker, {job.train.precision}" + f", recomputed: {', '.join(job.train.recompute)}" *
              bool(job.train.recompute))
@@ -126,11 +130,14 @@ def _save(console: Console, best: Outcome, request: Request) -> None:
     world = World(0, hardware.world_size, 0, min(hardware.ranks_per_host, hardware.world_size),
                   torch.device(hardware.device))
     check_plan(plan, best.scenario.ranker, job.sparse, world, job.elastic.is_strict)
-    name = "plan.json" if len(request.topologies) == 1 else f"plan-{re.sub(r'[^A-Za-z0-9.]+', '-', hardware.name)}.json"
-    _make_directory(request.out)
-    save_plan(plan, request.out / name)
-    console.print(f"plan {plan_hash(plan)}: {request.out / name}; train with sparse.plan={request.out / name}",
-                  soft_wrap=True)
+    path = _plan_path(best.scenario, request)
+    save_plan(plan, path)
+    console.print(f"plan {plan_hash(plan)}: {path}; train with sparse.plan={path}", soft_wrap=True)
+
+
+def _plan_path(scenario: Scenario, request: Request) -> Path:
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", scenario.hardware.name)
+    return request.out / ("plan.json" if len(request.topologies) == 1 else f"plan-{name}.json")
 
 
 def _make_directory(path: Path) -> None:
@@ -150,10 +157,15 @@ def calibrate_job(job: Job, ranks: Sequence[int], out: Path, measure: Measure) -
     show.print_grid(console, "Seconds of a step", seconds_compared(compared, constants))
     _make_directory(out)
     (out / "calibration.yaml").write_text(dump_config(constants), encoding="utf-8")
+    kept = [name for name, value in Constants() if name != "device" and getattr(constants, name) == value]
+    if kept:
+        console.print(f"not told apart by these runs, kept as they are without calibration: {', '.join(kept)}")
     console.print(f"calibration: {out / 'calibration.yaml'}", soft_wrap=True)
 
 
 def diff_plans(first: Path, second: Path) -> list[str]:
     """What differs between two plan files, their hashes first."""
     plans = [load_plan(path) for path in (first, second)]
+    if plan_hash(plans[0]) == plan_hash(plans[1]):
+        return [f"{plan_hash(plans[0])}: the same plan"]
     return [f"{plan_hash(plans[0])} -> {plan_hash(plans[1])}", *plan_differences(*plans)]

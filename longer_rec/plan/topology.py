@@ -82,7 +82,7 @@ def _base(text: str, what: str, device: Literal["cpu", "cuda"]) -> Hardware:
         return local_hardware()
     if what.upper() in PRESETS:
         return PRESETS[what.upper()]
-    if not what[0].isdigit():
+    if not what[0].isascii() or not what[0].isdigit():
         near = difflib.get_close_matches(what.upper(), PRESETS, n=1, cutoff=0.5)
         raise ConfigError(f"--topology {text!r}: {what!r} is neither a size nor one of {', '.join(PRESETS)} and auto; "
                           + (f"did you mean {near[0]}?" if near else _FORM))
@@ -105,7 +105,7 @@ def _options(text: str, tail: str) -> dict[str, Any]:
                 raise ConfigError(f"{where}={value} is unknown; use cpu or cuda")
             options[key] = value
         elif key == "local":
-            if not value.isdigit():
+            if not value.isascii() or not value.isdigit():
                 raise ConfigError(f"{where}={value} is not a number of ranks; use a divisor of them, such as 8")
             options[key] = int(value)
         elif key in ("host", "ssd"):
