@@ -2,7 +2,7 @@
 # A task of Slurm as a rank: srun --nodes=2 --ntasks-per-node=8 launch/slurm/rank.sh doctor --distributed
 set -euo pipefail
 
-hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+hosts=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}")
 export MASTER_ADDR=${hosts%%$'\n'*}
 # Jobs that share a node must not meet.
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))

@@ -197,7 +197,7 @@ class Trainer:
         if self.always_strict and not extra["always_strict"]:
             raise CheckpointError("elastic.strict promises bitwise the same model, but earlier steps were trained "
                                   "without it; set elastic.strict=false, or start anew in another run_dir")
-        self.always_strict = extra["always_strict"]
+        self.always_strict = self.always_strict and extra["always_strict"]
         self.step, self.elapsed_s = extra["step"], extra["elapsed_s"]
         self.bad_steps, self.skipped_steps = extra["bad_steps"], extra["skipped_steps"]
         return True

@@ -132,7 +132,7 @@ def test_ranks_of_a_killed_torchrun_agent_save_and_end(synthetic: Path, tmp_path
         os.kill(agent.pid, signal.SIGKILL)
         agent.wait(5)
         until(lambda: gone(family), 10, agent)
-    assert len(re.findall(r"(?m)^longer-rec: (?:rank 1: )?told to stop .* is saved", agent.err)) == 2
+    assert len(re.findall(r"(?m)^longer-rec: (?:rank 1: )?told to stop; .* is saved", agent.err)) == 2
     assert find_checkpoint(run_dir).name == f"step-{steps(run_dir)}"
 
 
