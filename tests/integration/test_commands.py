@@ -57,7 +57,8 @@ def test_replay_runs_the_step_again_at_which_a_run_was_given_up(commands: Comman
     shutil.copytree(checkpoint, trained / "failure" / checkpoint.name)
     outcome = commands.run("replay", trained)
     assert (outcome.code, outcome.err) == (0, "")
-    assert re.fullmatch(rf"step {int(checkpoint.name[5:]) + 1}, not finite in it:\nweights are finite, the largest is \S+ in \S+\n"
+    assert re.fullmatch(rf"step {int(checkpoint.name[5:]) + 1}, not finite in it:\n"
+                        r"weights are finite, the largest is \S+ in \S+\n"
                         r"worker 0: loss 0\.\d+\n", outcome.out), outcome.out
 
 
