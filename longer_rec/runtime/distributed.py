@@ -101,25 +101,25 @@ def _rendezvous(size: int, timeout: datetime.timedelta) -> dist.Store:
     return store
 
 
-def _is_from_group(error: BaseException | None) -> bool:
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_from_group(error: BaseException) -> bool:
     """Whether an operation of the group failed, or did before this happened.
 
     gloo raises plain RuntimeErrors, which its callers may wrap; nearly all begin with the path of a file of gloo.
     """
-    while error is not None:
-        if isinstance(error, dist.DistError) or "/gloo/" in str(error) or "caused pair closure" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(isinstance(each, dist.DistError) or "/gloo/" in str(each) or "caused pair closure" in str(each)
+               for each in _with_causes(error))
 
 
-def _killed_helper(error: BaseException | None) -> str | None:
+def _killed_helper(error: BaseException) -> str | None:
     """What torch says of a loading process that was killed, wherever the signal of its end has interrupted us."""
-    while error is not None:
-        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-            return " ".join(str(error).split())
-        error = error.__cause__ or error.__context__
-    return None
+    return next((" ".join(str(each).split()) for each in _with_causes(error)
+                 if isinstance(each, RuntimeError) and str(each).startswith("DataLoader worker")), None)
 
 
 def _rank_lost(roll_call: RollCall | None, size: int, timeout_s: float, error: BaseException) -> RankLost:

@@ -1,7 +1,6 @@
 """Being told to stop: SIGTERM or SIGUSR1 of a scheduler, a launcher or a person."""
 
 import signal
-from types import FrameType
 from typing import NoReturn, Self
 
 from longer_rec.errors import Preempted
@@ -25,7 +24,7 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.received = False
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
@@ -37,8 +36,8 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+    def _note(self, *_: object) -> None:
+        self.received = True
 
 
 def leave_stopping_to_parent() -> None:

@@ -74,7 +74,7 @@ def _train_one(job: Job, dataset: Dataset, world: World, stop: StopSignal, show_
 def evaluate_run(run_dir: Path, split: str) -> Row:
     """Metrics of a finished or interrupted run's newest checkpoint, on any number of ranks."""
     prepare_process()
-    job = _replan(load_job(run_dir))
+    job = _only_read(load_job(run_dir))
     with joined_world(job.train.timeout_s) as world:
         dataset = _open_data(job, world, [split])
         trainer = load_run(job, dataset, world)
@@ -84,7 +84,7 @@ def evaluate_run(run_dir: Path, split: str) -> Row:
 def replay_run(run_dir: Path) -> list[str]:
     """Run the step again at which a run was given up, on one process; what is not finite in it, a line each."""
     prepare_process()
-    job, num_workers = _replan(load_job(run_dir)), int(read_run(run_dir)["num_workers"])
+    job, num_workers = _only_read(load_job(run_dir)), int(read_run(run_dir)["num_workers"])
     with joined_world(job.train.timeout_s) as world:
         dataset = _open_data(job, world, ["train"])
         trainer = Trainer(job, dataset, world, parallelize(job, dataset, world), num_workers)
@@ -93,9 +93,10 @@ def replay_run(run_dir: Path) -> list[str]:
         return [f"step {trainer.step + 1}, not finite in it:", *replay_step(trainer)]
 
 
-def _replan(job: Job) -> Job:
-    """Without the run's own plan, which may be a file for another number of ranks: the values do not depend on it."""
-    return job.model_copy(update={"sparse": job.sparse.model_copy(update={"plan": "auto"})})
+def _only_read(job: Job) -> Job:
+    """For a run that is not continued: any number of ranks, whatever its plan was for, and any kind of machine."""
+    return job.model_copy(update={"sparse": job.sparse.model_copy(update={"plan": "auto"}),
+                                  "elastic": job.elastic.model_copy(update={"strict": False})})
 
 
 def load_run(job: Job, dataset: Dataset, world: World) -> Trainer:

@@ -103,12 +103,12 @@ class Trainer:
             for worker, batch, leaves in zip(self.workers, batches, split_rows(rows, batches), strict=True):
                 _, loss = self.worker_backward(worker, batch, leaves)
                 # What all ranks must agree on travels behind the gradients.
-                scalars = [loss, keep_gradients(leaves), loss.new_tensor(self.stop.received is not None)]
+                scalars = [loss, keep_gradients(leaves), loss.new_tensor(self.stop.received)]
                 tree.push(worker, flatten_gradients(tower_parameters, scalars))
         with self.clock.part("time_reduce_s"):
             total = tree_all_reduce(tree, self.num_workers)
             loss, sparse_norm, num_stopping = unflatten_gradients(total, tower_parameters)
-            grad_norm = total[:-3].norm()
+            grad_norm = total[:-len(scalars)].norm()
             # .tolist(): a host sync a step, the price of deciding on every rank alike before anything is updated.
             result = StepResult(*torch.stack([loss, grad_norm, sparse_norm.sqrt(), num_stopping]).tolist())
         if result.finite:
@@ -149,7 +149,7 @@ class Trainer:
                     self.clock.add("time_data_s", loader.wait_s)
                     self._fit_step(batches, checkpoints, log, progress)
         except LongerRecError:
-            checkpoints.wait()  # not after the loss of a rank: its part of the save would be waited for in vain
+            checkpoints.wait()  # not after an error of the process group: a lost rank's part would never come
             raise
         checkpoints.wait()
         self.elapsed_s += self.clock.take()[1]
@@ -210,7 +210,7 @@ class Trainer:
             raise CheckpointError(f"elastic.strict promises bitwise the same model, but {changed}: continue as the run "
                                   "began, or set elastic.strict=false")
         if changed and self.world.is_main:
-            _log.warning("the last bits will differ from those of an uninterrupted run: %s", changed)
+            _log.warning("%s: the last bits will differ from those of one machine", changed)
 
     def _count_bad(self, result: StepResult) -> None:
         if result.finite:

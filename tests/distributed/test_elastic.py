@@ -19,7 +19,7 @@ from longer_rec.data.prepare import prepare
 from longer_rec.errors import Preempted
 from longer_rec.job import Job
 from longer_rec.train.digests import first_difference
-from longer_rec.train.run import train
+from longer_rec.train.run import evaluate_run, train
 from longer_rec.train.trainer import StepResult, Trainer
 from tests.integration.conftest import CONFIG, metric_lines
 from tests.reference.ranks import RankFailure, run_ranks
@@ -78,6 +78,10 @@ def train_rank(rank: int, world_size: int, run_dir: Path, data: Path, overrides:
     except Preempted:
         return True
     return False
+
+
+def evaluate_rank(rank: int, world_size: int, run_dir: Path) -> dict[str, Any]:
+    return evaluate_run(run_dir, "validation")
 
 
 def assert_same_run(first: Path, second: Path) -> None:
@@ -174,6 +178,8 @@ def test_a_strict_run_is_not_continued_with_other_threads(shop: Path, tmp_path: 
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     with pytest.raises(RankFailure, match=r"CheckpointError: elastic\.strict promises.*threads was 1, is 2.*or set"):
         run_ranks(train_rank, 1, tmp_path / "run", shop, COMMON)
+    # To read it is not to continue it.
+    assert run_ranks(evaluate_rank, 2, tmp_path / "run")[0]["step"] == 1
     run_ranks(train_rank, 1, tmp_path / "run", shop, (*COMMON, "elastic.strict=false"), 2)
     with pytest.raises(RankFailure, match=r"CheckpointError: elastic\.strict promises.*earlier steps .* without it"):
         run_ranks(train_rank, 1, tmp_path / "run", shop, COMMON)

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.reference.processes import fork
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -61,33 +63,20 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         with tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder, "out"), Path(folder, "err")
-            pid = os.fork()
-            if pid == 0:
-                _become_command(json.loads(line), out, err)
-            _, status = os.waitpid(pid, 0)
-            answer = {"code": os.waitstatus_to_exitcode(status), "out": out.read_text(), "err": err.read_text()}
+            arguments = json.loads(line)
+            command = fork(lambda arguments=arguments: _command(arguments), Path(folder))
+            _, status = os.waitpid(command.pid, 0)
+            answer = {"code": os.waitstatus_to_exitcode(status), "out": command.out, "err": command.err}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
-def _become_command(arguments: list[str], out: Path, err: Path) -> None:
+def _command(arguments: list[str]) -> int:
     from longer_rec.cli import main
 
-    for descriptor, path in ((0, Path(os.devnull)), (1, out), (2, err)):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
     sys.argv = ["longer-rec", *arguments]
-    code = 1
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:  # what Python itself would print
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    main()
+    return 0
 
 
 if __name__ == "__main__":

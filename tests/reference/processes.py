@@ -55,7 +55,7 @@ class Forked:
 
 
 def fork(function: Callable[[], int], folder: Path) -> Forked:
-    """Run ``function`` in a forked process; it ends with the exit code that is returned."""
+    """Run ``function`` in a forked process without input; it ends with the code that is returned or exited with."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("out", "err"):
         (folder / name).write_text("")
@@ -64,11 +64,13 @@ def fork(function: Callable[[], int], folder: Path) -> Forked:
         return Forked(pid, folder)
     code = 1
     try:
-        for descriptor, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(folder / name, os.O_WRONLY), descriptor)
+        for descriptor, path in ((0, Path(os.devnull)), (1, folder / "out"), (2, folder / "err")):
+            os.dup2(os.open(path, os.O_RDWR), descriptor)
         # pytest captures by replacing these objects, too.
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         code = function()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
         code = 130
     except BaseException:  # what Python itself would print
