@@ -1,4 +1,4 @@
-"""The one attention primitive: queries are the last positions of each request's keys.
+"""The one attention primitive: queries are positions among the keys of their request, mostly the last ones.
 
 Keys and queries are packed over requests. With ``causal`` the mask is aligned bottom right: for a request of 4 keys
 and 2 queries the queries see
@@ -6,8 +6,8 @@ and 2 queries the queries see
     query 0: 1 1 1 0
     query 1: 1 1 1 1
 
-Without it each query sees all keys of its request. Beside the output comes the log-sum-exp of the scores, with which
-``own_attention.merge_own`` adds keys that belong to one candidate alone.
+With positions p a query sees keys 0 .. p, and without either all keys of its request. Beside the output comes the
+log-sum-exp of the scores, with which ``own_attention.merge_own`` adds keys that belong to one candidate alone.
 """
 
 import math
@@ -29,16 +29,19 @@ def attend(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, plan: Attentio
 
 
 def attend_ref(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, query_length_B: Tensor, key_length_B: Tensor,
-               causal: bool) -> tuple[Tensor, Tensor]:
+               causal: bool, position_Q: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Twin of ``plan_attention`` and ``attend``: one request at a time, an explicit mask, no shortcut."""
-    outputs, sums = [], []
+    outputs, sums, first = [], [], 0
     queries = query_QHE.split(query_length_B.tolist())
     lengths = key_length_B.tolist()
     for query, key, value in zip(queries, key_SHE.split(lengths), value_SHE.split(lengths), strict=True):
         num_queries, num_keys = query.shape[0], key.shape[0]
         score_HQS = torch.einsum("qhe,she->hqs", query, key) / math.sqrt(query.shape[-1])
         seen_QS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=score_HQS.device)
-        if causal:
+        if position_Q is not None:
+            seen_QS = torch.arange(num_keys, device=seen_QS.device) <= position_Q[first:first + num_queries, None]
+            first += num_queries
+        elif causal:
             seen_QS = seen_QS.tril(num_keys - num_queries)
         score_HQS = score_HQS.masked_fill(~seen_QS, -math.inf)
         outputs.append(torch.einsum("hqs,she->qhe", score_HQS.softmax(-1), value))
@@ -142,10 +145,10 @@ def _hide(score: Tensor, group: Group, plan: AttentionPlan) -> None:
     if plan.causal and group.num_queries > 1:
         later = torch.ones(group.num_queries, group.num_queries, dtype=torch.bool, device=score.device).triu_(1)
         score[..., -group.num_queries:].masked_fill_(later, -math.inf)
-    if group.padding is not None:
+    if group.hidden is not None:
         by_request = score.view(group.size, plan.num_heads, group.num_queries, group.num_keys)
         # Finite: a padded query above the first key would otherwise see nothing and give NaN.
-        by_request.masked_fill_(group.padding[:, None, None, :], torch.finfo(score.dtype).min)
+        by_request.masked_fill_(group.hidden.unsqueeze(1), torch.finfo(score.dtype).min)
 
 
 def _score_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -23,8 +23,8 @@ class Group:
     size: int
     num_queries: int
     num_keys: int
-    # size x num_keys, True where there is no key; None when all are equally long.
-    padding: Tensor | None
+    # size x (1 or num_queries) x num_keys, True where there is no key, or none for this query; None: nowhere.
+    hidden: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,34 @@ class AttentionPlan:
     causal: bool
 
 
-def plan_attention(query_length_B: Tensor, key_length_B: Tensor, num_heads: int, causal: bool) -> AttentionPlan:
-    """Group requests so that padding costs less than the calls it saves."""
+def plan_attention(query_length_B: Tensor, key_length_B: Tensor, num_heads: int, causal: bool,
+                   position_Q: Tensor | None = None) -> AttentionPlan:
+    """Group requests so that padding costs less than the calls it saves.
+
+    ``position_Q`` takes the place of ``causal``: a query sees the keys 0 .. its position, counted within its request.
+    """
     query_lengths, key_lengths = query_length_B.tolist(), key_length_B.tolist()  # host sync on GPU
     device = query_length_B.device
     members = group_requests(query_lengths, key_lengths, num_heads)
-    groups = []
+    query_source, query_place, query_padding = (each.to(device) for each in _layout(query_lengths, members, num_heads))
+    key_source, key_place, _ = (each.to(device) for each in _layout(key_lengths, members, num_heads))
+    groups, row = [], 0
     for requests in members:
         lengths = [key_lengths[request] for request in requests]
-        longest = max(lengths)
-        padding = None
+        num_queries, longest = max(query_lengths[request] for request in requests), max(lengths)
+        hidden = None
+        missing, key = longest - torch.tensor(lengths, device=device), torch.arange(longest, device=device)
         if min(lengths) < longest:
-            missing = longest - torch.tensor(lengths, device=device)
-            padding = torch.arange(longest, device=device) < missing.unsqueeze(1)
-        groups.append(Group(len(requests), max(query_lengths[request] for request in requests), longest, padding))
-    query_source, query_place, query_padding = _layout(query_lengths, members, num_heads)
-    key_source, key_place, _ = _layout(key_lengths, members, num_heads)
-    return AttentionPlan(tuple(groups), query_source.to(device), query_place.to(device), query_padding.to(device),
-                         key_source.to(device), key_place.to(device), num_heads, causal)
+            hidden = (key < missing.unsqueeze(1)).unsqueeze(1)
+        if position_Q is not None:
+            rows = len(requests) * num_heads * num_queries
+            source = query_source[row:row + rows].view(len(requests), num_heads, num_queries)[:, 0] // num_heads
+            later = key > (position_Q[source] + missing.unsqueeze(1)).unsqueeze(2)
+            hidden = later if hidden is None else later | hidden
+            row += rows
+        groups.append(Group(len(requests), num_queries, longest, hidden))
+    return AttentionPlan(tuple(groups), query_source, query_place, query_padding, key_source, key_place, num_heads,
+                         causal and position_Q is None)
 
 
 def group_requests(query_lengths: Sequence[int], key_lengths: Sequence[int], num_heads: int) -> list[list[int]]:

@@ -53,7 +53,6 @@ def tower_flops(config: TowerConfig, widths: InputWidths, num_tasks: int, histor
     """FLOPs of scoring a batch of requests, from its lengths alone (histories as cut to the tower's L)."""
     K, D, X, G = config.merge_size, config.width, config.merged_width, config.num_candidate_tokens
     B, T, C = len(history_lengths), sum(history_lengths), sum(candidate_counts)
-    user_globals = int(config.user_token) + config.num_cls_tokens
     merged = [-(-length // K) for length in history_lengths]
     item, event = sum(widths.item.values()), sum(widths.event.values()) + config.age_width
     user = sum(widths.user.values())
@@ -67,23 +66,33 @@ def tower_flops(config: TowerConfig, widths: InputWidths, num_tasks: int, histor
         slots = sum(merged) * K
         layer = slots * (4 * D * D + 2 * inner.ffn_multiple * D * D) + 2 * sum(merged) * K * K * D
         merge = 2 * (inner.num_layers * layer + slots * D * D)
-    keys = [length + user_globals for length in merged]
-    layers = []
-    for depth in range(1 + config.num_self_layers):
-        is_last = depth == config.num_self_layers
-        kept = 0 if is_last and config.pooling == "globals" else config.num_queries
-        queries = [min(length - user_globals, kept) + user_globals for length in keys]
-        layers.append(_layer_flops(config, keys, queries, [G * count for count in candidate_counts]))
-        keys = queries
+    own = [G * count for count in candidate_counts]
+    layers = [_layer_flops(config, keys, queries, own) for keys, queries in layer_rows(config, history_lengths)]
     interaction, interaction_width = _interaction_flops(config, widths, C)
     has_ids = config.head.id_scale > 0
     candidate_in = G * X + has_ids * item + widths.num_item_dense
     if config.interaction is not None and config.interaction.to_head:
         candidate_in += interaction_width
-    user_in = (user_globals + (config.pooling == "globals+mean")) * X + has_ids * user + widths.num_dense
+    user_in = (config.num_read_globals + config.reads_sequence) * X + has_ids * user + widths.num_dense
     chain = [*config.head.hidden, num_tasks]
     head = 2 * C * (candidate_in * chain[0] + _chain(chain)) + 2 * B * user_in * chain[0]
     return TowerFlops(inputs, merge, interaction, layers[0], sum(layers[1:]), head)
+
+
+def layer_rows(config: TowerConfig, history_lengths: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """(keys, queries) of each layer's user side, by request."""
+    merged = [-(-length // config.merge_size) for length in history_lengths]
+    if config.sampling == "all":
+        kept = merged
+    elif config.sampling == "learnable":
+        kept = [config.num_queries * (length > 0) for length in merged]
+    else:
+        kept = [min(length, config.num_queries) for length in merged]
+    keys = [length + config.num_user_globals for length in merged]
+    sampled = [length + config.num_user_globals for length in kept]
+    read = sampled if config.reads_sequence else [config.num_read_globals] * len(merged)
+    queries = [sampled] * config.num_self_layers + [read]
+    return list(zip([keys, *queries[:-1]], queries, strict=True))
 
 
 def _layer_flops(config: TowerConfig, keys: Sequence[int], queries: Sequence[int], own: Sequence[int]) -> int:

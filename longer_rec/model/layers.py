@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from longer_rec.model.attention import attend
 from longer_rec.model.attention_plan import plan_attention
-from longer_rec.model.jagged import newest_rows
 from longer_rec.model.norms import NormKind, build_norm
 from longer_rec.model.own_attention import merge_own
+from longer_rec.model.sampling import Queries
 from longer_rec.model.state import LayerCache
 
 
@@ -38,20 +38,18 @@ class CausalLayer(nn.Module):
         if matcher_gamma:
             start_as_matcher(self.qkv.weight, matcher_gamma)
 
-    def encode(self, token_SX: Tensor, length_B: Tensor, query_length_B: Tensor, num_queries: int
-               ) -> tuple[Tensor, LayerCache]:
-        """Outputs of each request's last ``query_length_B`` tokens (Q x X) and the keys and values of all of them."""
+    def encode(self, token_SX: Tensor, length_B: Tensor, queries: Queries) -> tuple[Tensor, LayerCache]:
+        """Outputs of the queries (Q x X) and the keys and values of all tokens, ``length_B`` of each request."""
         X = self.merged_width
         normed_SX = self.attention_norm(token_SX)
-        key, value = F.linear(normed_SX, self.qkv.weight[X:]).chunk(2, dim=-1)
+        key, value = F.linear(normed_SX[:queries.num_keys], self.qkv.weight[X:]).chunk(2, dim=-1)
         cache = LayerCache(self._heads(key), self._heads(value), length_B)
-        if num_queries == 0:
-            return token_SX[:0], cache
-        if num_queries < token_SX.shape[0]:
-            row = newest_rows(length_B, query_length_B, num_queries)
-            token_SX, normed_SX = token_SX.index_select(0, row), normed_SX.index_select(0, row)
+        if queries.row_Q is not None:
+            if queries.row_Q.numel() == 0:
+                return token_SX[:0], cache
+            token_SX, normed_SX = (each.index_select(0, queries.row_Q) for each in (token_SX, normed_SX))
         query = self._heads(F.linear(normed_SX, self.qkv.weight[:X]))
-        plan = plan_attention(query_length_B, length_B, self.num_heads, causal=True)
+        plan = plan_attention(queries.length_B, length_B, self.num_heads, causal=True, position_Q=queries.position_Q)
         mixed, _ = attend(query, cache.key_SHE, cache.value_SHE, plan)
         return self._finish(token_SX, mixed.flatten(1)), cache
 

@@ -21,6 +21,7 @@ from longer_rec.model.jagged import request_of, rows_after
 from longer_rec.model.layers import CausalLayer
 from longer_rec.model.merge import InnerTransConfig, TokenMerge
 from longer_rec.model.norms import NormKind, NormPlace, build_norm
+from longer_rec.model.sampling import DEFAULT_QUERIES, Queries, Sampling, check_sampling, fewest_events, newest, sample
 from longer_rec.model.state import LayerCache, UserState
 from longer_rec.model.tokens import EventTokens, UserGlobals
 
@@ -32,7 +33,8 @@ class TowerConfig(Config):
     width: int = pydantic.Field(32, ge=1)
     merge_size: int = pydantic.Field(2, ge=1)
     inner_trans: InnerTransConfig | None = None
-    num_queries: int = pydantic.Field(50, ge=0, description="newest merged tokens that are queries")
+    sampling: Sampling = "recent"
+    num_queries: int = pydantic.Field(DEFAULT_QUERIES, ge=0, description="sequence tokens that are queries")
     num_self_layers: int = pydantic.Field(1, ge=0)
     num_heads: int = pydantic.Field(0, ge=0)
     ffn_multiple: int = pydantic.Field(4, ge=1)
@@ -47,7 +49,7 @@ class TowerConfig(Config):
     num_cls_tokens: int = pydantic.Field(0, ge=0)
     interaction: InteractionConfig | None = None
     head: HeadConfig = HeadConfig()
-    pooling: Literal["globals", "globals+mean"] = "globals"
+    pooling: Literal["candidate", "globals", "globals+mean"] = "globals"
 
     @property
     def merged_width(self) -> int:
@@ -61,13 +63,31 @@ class TowerConfig(Config):
     def num_candidate_tokens(self) -> int:
         return 2 if self.interaction is not None and self.interaction.placement == "token" else 1
 
+    @property
+    def num_user_globals(self) -> int:
+        return int(self.user_token) + self.num_cls_tokens
+
+    @property
+    def num_read_globals(self) -> int:
+        """User globals whose outputs the head reads."""
+        return 0 if self.pooling == "candidate" else self.num_user_globals
+
+    @property
+    def fewest_events(self) -> int:
+        """The least ``max_events`` that the tower can be built for."""
+        return fewest_events(self.sampling, self.num_queries, self.merge_size)
+
+    @property
+    def reads_sequence(self) -> bool:
+        return self.pooling == "globals+mean"
+
 
 class LongerTower(nn.Module):
     """``encode`` a user once, ``score`` any number of candidates against it."""
 
     def __init__(self, config: TowerConfig, widths: InputWidths, num_tasks: int, max_events: int) -> None:
         super().__init__()
-        _check(config, widths)
+        _check(config, widths, max_events)
         self.config, self.max_events = config, max_events
         X = config.merged_width
         self.item_names, self.user_names = tuple(widths.item), tuple(widths.user)
@@ -75,6 +95,8 @@ class LongerTower(nn.Module):
                                   config.age_buckets, config.age_width)
         self.merge = TokenMerge(config.width, config.merge_size, config.inner_trans)
         self.globals = UserGlobals(widths, X, config.user_token, config.num_cls_tokens)
+        if config.sampling == "learnable":
+            self.learned = nn.Parameter(torch.randn(config.num_queries, X) * 0.3)
         self.layers = nn.ModuleList(
             CausalLayer(X, config.heads, config.ffn_multiple, config.dropout, config.norm_kind, config.matcher_gamma)
             for _ in range(1 + config.num_self_layers))
@@ -86,7 +108,7 @@ class LongerTower(nn.Module):
         candidate_width = config.num_candidate_tokens * X + has_ids * sum(widths.item.values()) + widths.num_item_dense
         if config.interaction is not None and config.interaction.to_head:
             candidate_width += interaction_width
-        user_width = (self.globals.num_tokens + (config.pooling == "globals+mean")) * X
+        user_width = (config.num_read_globals + config.reads_sequence) * X
         user_width += has_ids * sum(widths.user.values()) + widths.num_dense
         self.head = Head(config.head, candidate_width, user_width, num_tasks)
 
@@ -112,22 +134,27 @@ class LongerTower(nn.Module):
         """The user's side: keys and values of each layer, the user's share of the head, the runs of matches."""
         user = keep_newest(user, self.max_events)
         merged_MX, merged_length_B = self.merge(self.tokens.events(user), user.length_B)
-        global_BGX = self.globals(user)
-        G = global_BGX.shape[1]
-        token_SX = append_globals(merged_MX, merged_length_B, global_BGX)
-        length_B = merged_length_B + G
+        token_SX = append_globals(merged_MX, merged_length_B, self.globals(user))
+        length_B = merged_length_B + self.config.num_user_globals
+        if self.config.sampling == "learnable":
+            token_SX = torch.cat([token_SX, self.learned.to(token_SX.dtype)])
         caches: list[LayerCache] = []
-        reads_sequence = self.config.pooling == "globals+mean"
         for depth, layer in enumerate(self.causal_layers):
-            is_last = depth == len(self.layers) - 1
-            # Nobody reads the last layer's sequence outputs unless the head takes their mean.
-            num_kept = 0 if is_last and not reads_sequence else self.config.num_queries
-            query_length_B = (length_B - G).clamp(max=num_kept) + G
-            token_SX, cache = layer.encode(token_SX, length_B, query_length_B, int(query_length_B.sum()))
-            length_B = query_length_B
+            queries = self._queries(depth, length_B)
+            token_SX, cache = layer.encode(token_SX, length_B, queries)
+            length_B = queries.length_B
             caches.append(cache)
         runs = self.interaction.encode(user) if self.interaction is not None else None
-        return UserState(self._encode_head(user, self.final_norm(token_SX), length_B, G), tuple(caches), runs)
+        return UserState(self._encode_head(user, self.final_norm(token_SX), length_B), tuple(caches), runs)
+
+    def _queries(self, depth: int, length_B: Tensor) -> Queries:
+        """Sampled in the cross layer, every token after it; in the last layer, no more than the head reads."""
+        config = self.config
+        if depth == config.num_self_layers and not config.reads_sequence:
+            return newest(length_B, torch.full_like(length_B, config.num_read_globals))
+        if depth > 0:
+            return Queries(length_B)
+        return sample(config.sampling, length_B, config.num_user_globals, config.num_queries)
 
     def score(self, state: UserState, candidates: CandidateSide) -> Tensor:
         """Logits C x Y."""
@@ -151,12 +178,12 @@ class LongerTower(nn.Module):
         request_C = request_of(candidates.length_B, num_candidates)
         return self.head(torch.cat(parts, dim=1), state.head_BF, request_C)
 
-    def _encode_head(self, user: UserSide, output_QX: Tensor, length_B: Tensor, num_globals: int) -> Tensor:
-        B = length_B.numel()
+    def _encode_head(self, user: UserSide, output_QX: Tensor, length_B: Tensor) -> Tensor:
+        B, num_globals = length_B.numel(), self.config.num_read_globals
         end_B = length_B.cumsum(0)
         row_BG = end_B.unsqueeze(1) - num_globals + torch.arange(num_globals, device=end_B.device)
         parts = [output_QX.index_select(0, row_BG.flatten()).view(B, num_globals * self.config.merged_width)]
-        if self.config.pooling == "globals+mean":
+        if self.config.reads_sequence:
             sequence = torch.ones(output_QX.shape[0], 1, device=output_QX.device, dtype=output_QX.dtype)
             sequence = sequence.index_fill(0, row_BG.flatten(), 0.0)
             request_Q = request_of(length_B, output_QX.shape[0])
@@ -190,7 +217,9 @@ def build_interaction(config: InteractionConfig | None, widths: InputWidths) -> 
     return Interaction(config, fields, context_width), config.hidden[-1]
 
 
-def _check(config: TowerConfig, widths: InputWidths) -> None:
+def _check(config: TowerConfig, widths: InputWidths, max_events: int) -> None:
+    check_sampling(config.sampling, config.num_queries, config.num_self_layers, config.reads_sequence,
+                   config.merge_size, max_events)
     X, H = config.merged_width, config.heads
     if X % H:
         divisors = [heads for heads in range(1, X + 1) if X % heads == 0]

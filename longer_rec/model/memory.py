@@ -7,6 +7,7 @@ the end of the forward pass of one logical worker everything counted here is ali
 from collections.abc import Collection, Sequence
 
 from longer_rec.model.attention_plan import group_requests
+from longer_rec.model.flops import layer_rows
 from longer_rec.model.inputs import InputWidths
 from longer_rec.model.interaction import NUM_EXTREMES, num_statistics
 from longer_rec.model.longer import TowerConfig
@@ -42,25 +43,16 @@ class _Counter:
         self.B, self.T, self.C = len(history_lengths), sum(history_lengths), sum(candidate_counts)
         self.candidates = [config.num_candidate_tokens * count for count in candidate_counts]
         self.N = sum(self.candidates)
-        self.user_globals = int(config.user_token) + config.num_cls_tokens
         self.merged = [-(-length // config.merge_size) for length in history_lengths]
         self.item = sum(widths.item.values())
-        keys = [length + self.user_globals for length in self.merged]
-        # (keys, queries) of each layer's user side, by request.
-        self.layers: list[tuple[list[int], list[int]]] = []
-        for depth in range(1 + config.num_self_layers):
-            is_last = depth == config.num_self_layers
-            kept = 0 if is_last and config.pooling == "globals" else config.num_queries
-            queries = [min(length - self.user_globals, kept) + self.user_globals for length in keys]
-            self.layers.append((keys, queries))
-            keys = queries
+        self.layers = layer_rows(config, history_lengths)
 
     def parts(self) -> dict[str, list[tuple[int, int]]]:
         """(what it is given, what else it keeps) of each module of a part."""
         X = self.config.merged_width
         cross, *own = [[(_FULL * X * sum(keys), self._user_layer(keys, queries)),
                         (_FULL * X * self.N, self._candidate_layer(keys))] for keys, queries in self.layers]
-        cross.append((_FULL * X * sum(self.layers[0][0]) if self.user_globals else 0, 0))
+        cross.append((_FULL * X * sum(self.layers[0][0]) if self.config.num_user_globals else 0, 0))
         # index_copy keeps what it copies: the events into groups, the merged tokens beside the globals.
         merge = (_FULL * self.T * self.config.width if self.config.merge_size > 1 else 0, self._merge())
         # Of the head's inputs, the norm before it keeps its own.
@@ -145,7 +137,7 @@ class _Counter:
         candidate = config.num_candidate_tokens * X + has_ids * self.item + widths.num_item_dense
         if config.interaction is not None and config.interaction.to_head:
             candidate += config.interaction.hidden[-1]
-        user = (self.user_globals + (config.pooling == "globals+mean")) * X
+        user = (config.num_read_globals + config.reads_sequence) * X
         user += has_ids * sum(widths.user.values()) + widths.num_dense
         return self.value * (self.C * candidate + self.B * user)
 

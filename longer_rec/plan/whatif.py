@@ -10,6 +10,7 @@ import torch
 from longer_rec.data.history import Dataset
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job
+from longer_rec.model.longer import TowerConfig
 from longer_rec.plan.scenario import Outcome, Scenario, solve
 from longer_rec.plan.topology import parse_bytes
 from longer_rec.sparse.options import Choice, allowed_types, splittable
@@ -196,8 +197,10 @@ def _smaller_batches(scenario: Scenario) -> _Ladder:
 
 
 def _shorter_histories(scenario: Scenario) -> _Ladder:
+    model = scenario.job.model
+    least = model.fewest_events if isinstance(model, TowerConfig) else 1
     return ((f"data.max_events={size} instead of {scenario.job.data.max_events}", scenario.change(max_events=size))
-            for size in _halves(scenario.job.data.max_events))
+            for size in _halves(scenario.job.data.max_events) if size >= least)
 
 
 def _halves(number: int) -> Iterator[int]:

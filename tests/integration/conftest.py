@@ -17,7 +17,7 @@ from tests.reference.ranks import run_ranks
 
 # Two checkpoints of a few steps each.
 TINY = ("train.epochs=0.05", "train.checkpoint_every=2", "train.log_every=2", "data.max_events=20",
-        "elastic.num_workers=1")
+        "model.num_queries=10", "elastic.num_workers=1")
 CONFIG = Path(__file__).parents[2] / "configs" / "synthetic_debug.yaml"
 TIMES = ("elapsed_s", "requests_per_s", "candidates_per_s", "events_per_s", "train_s")
 

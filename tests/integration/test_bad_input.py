@@ -57,6 +57,9 @@ def assert_one_line(outcome: Outcome, message: str) -> None:
     ("baselines={a-b: []}", r"baselines: 'a-b' becomes a directory; use letters"),
     # What only the data tells.
     ("model.num_heads=5", r"model\.num_heads=5 does not divide the merged width 64 .*use one of \[1, 2, 4"),
+    ("data.max_events=98", r"num_queries=50 but max_events=98 and merge_size=2 give at most 49 .*max_events to 99 or"),
+    ("model={kind: longer, sampling: recent_uniform, num_queries: 7}", r"num_queries=7 is odd"),
+    ("model.sampling=newest", r"model\.sampling='newest': input should be 'recent', 'uniform'"),
     ("model.inner_trans={num_heads: 3}", r"inner_trans\.num_heads=3 does not divide model\.width=32; choose a divisor"),
     ("model={kind: longer, merge_size: 3, num_heads: 2, width: 5}", r"model\.num_heads=2 does not divide .*15"),
     ("model.interaction.fields=[catgory]", r"model\.interaction names the item feature 'catgory'; known are item, cat"),

@@ -70,7 +70,8 @@ def test_a_pod_that_is_evicted_has_all_pods_save_and_they_continue(synthetic: Pa
     def start() -> None:
         pods[:] = [subprocess.Popen(
             [*command, "train", str(CONFIG), f"run_dir={run_dir}", f"data.dir={synthetic}", "data.max_events=20",
-             "train.log_every=1", "train.epochs=20"], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+             "model.num_queries=10", "train.log_every=1", "train.epochs=20"], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, **RUN, "PATH": path, "HOSTS": "2", "RANKS": "1", "JOB_COMPLETION_INDEX": str(index),
                  "MASTER_ADDR": "localhost", "MASTER_PORT": port}, start_new_session=True) for index in range(2)]
 

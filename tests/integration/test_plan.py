@@ -63,6 +63,8 @@ def test_what_does_not_fit_is_explained_and_every_remedy_fits(commands: CommandS
     assert "Any one of these makes it fit" in (tmp_path / "plan.html").read_text()
     found = remedies(Scenario(job, open_dataset(job.data.dir), parse_topology("2x30MB:device=cpu")))
     assert found
+    # The shortest history that the tower can be built for is the last one tried.
+    assert not remedies(Scenario(job, open_dataset(job.data.dir), parse_topology("2x1MB:device=cpu")))
     for remedy in found:
         assert remedy.outcome.found.plan is not None
         assert remedy.outcome.fullest <= 30 << 20

@@ -31,9 +31,10 @@ from tests.reference.ranks import run_ranks
 W, STEPS = 2, 3
 # eps: AdamW divides by |gradient| + eps, and would make a difference of rounding, in a gradient near zero, a whole
 # learning rate. clip_norm binds in some of the steps; the test asserts it.
-JOB = ("elastic.num_workers=2", "data.batch_requests=4", "data.max_events=60", "sparse.optimizer=sgd", "sparse.lr=0.5",
-       "sparse.plan=table_wise", "dense.eps=1e-3", "dense.weight_decay=0.1", "train.clip_norm=0.3",
-       "train.epochs=0.2", "schedule.warmup_steps=2", "train.max_bad_steps=3", "data.loader_processes=0")
+JOB = ("elastic.num_workers=2", "data.batch_requests=4", "data.max_events=60", "model.num_queries=20",
+       "sparse.optimizer=sgd", "sparse.lr=0.5", "sparse.plan=table_wise", "dense.eps=1e-3", "dense.weight_decay=0.1",
+       "train.clip_norm=0.3", "train.epochs=0.2", "schedule.warmup_steps=2", "train.max_bad_steps=3",
+       "data.loader_processes=0")
 
 
 def build(data: Path, *overrides: str, run_dir: Path = Path("unused")) -> Trainer:

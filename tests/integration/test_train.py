@@ -119,7 +119,7 @@ def test_baselines_stand_beside_the_model_in_the_results(run: Run) -> None:
 def test_rates_count_the_steps_they_were_measured_over(run: Run) -> None:
     """Cadences that do not divide each other: an evaluation or a save between two log lines must not shift them."""
     run_dir = run("run", "train.epochs=0.2", "train.log_every=4", "train.eval_every=3", "train.checkpoint_every=5",
-                  "train.eval_requests=50", "data.max_events=50")
+                  "train.eval_requests=50", "data.max_events=100")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["split"] == "train"] == [3, 4, 5, 6, 8, 9, 10]
     before, requests = {"step": 0, "elapsed_s": 0.0}, 2 * 16

@@ -35,17 +35,20 @@ def _agree(fast: Callable[..., tuple[Tensor, ...]], slow: Callable[..., tuple[Te
 
 @pytest.mark.parametrize("group_cost", [0, 40, 10**9], ids=["alone", "some together", "all together"])
 @pytest.mark.parametrize("num_heads", [1, 3])
-@pytest.mark.parametrize("causal", [True, False])
-def test_attention_equals_reference(monkeypatch: pytest.MonkeyPatch, causal: bool, num_heads: int, group_cost: int
+@pytest.mark.parametrize("mask", ["causal", "full", "positions"])
+def test_attention_equals_reference(monkeypatch: pytest.MonkeyPatch, mask: str, num_heads: int, group_cost: int
                                     ) -> None:
     monkeypatch.setattr(attention_plan, "GROUP_COST", group_cost)
-    keys, queries = (torch.tensor(lengths) for lengths in (CAUSAL if causal else FULL))
+    causal = mask == "causal"
+    keys, queries = (torch.tensor(lengths) for lengths in (FULL if mask == "full" else CAUSAL))
+    position_Q = torch.tensor([4, 1, 0, *range(9), 0, 0, 3, 2, 8, 3, 7]) if mask == "positions" else None
     torch.manual_seed(0)
     inputs = [torch.randn(int(length.sum()), num_heads, 4, dtype=torch.float64, requires_grad=True)
               for length in (queries, keys, keys)]
-    plan = plan_attention(queries, keys, num_heads, causal)
+    plan = plan_attention(queries, keys, num_heads, causal, position_Q)
     assert {0: len(plan.groups) > 3, 40: 1 < len(plan.groups) < 5, 10**9: len(plan.groups) == 1}[group_cost]
-    _agree(lambda q, k, v: attend(q, k, v, plan), lambda q, k, v: attend_ref(q, k, v, queries, keys, causal), *inputs)
+    _agree(lambda q, k, v: attend(q, k, v, plan),
+           lambda q, k, v: attend_ref(q, k, v, queries, keys, causal, position_Q), *inputs)
 
 
 def test_queries_without_keys_give_zero_and_minus_infinity() -> None:

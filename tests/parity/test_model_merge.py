@@ -16,7 +16,7 @@ def _merge(merge_size: int, inner: InnerTransConfig | None) -> TokenMerge:
     return merge
 
 
-@pytest.mark.parametrize("merge_size", [1, 2, 4])
+@pytest.mark.parametrize("merge_size", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("inner", [None, InnerTransConfig(), InnerTransConfig(num_layers=2, num_heads=2)])
 def test_merge_equals_reference(merge_size: int, inner: InnerTransConfig | None) -> None:
     merge = _merge(merge_size, inner)

@@ -21,7 +21,8 @@ CANDIDATES = [2, 1, 5, 0, 3, 1]
 
 def build(seed: int = 0, **settings: object) -> LongerTower:
     torch.manual_seed(seed)
-    config = TowerConfig.model_validate({"width": 4, "num_queries": 2, "age_width": 3, "age_buckets": 8, **settings})
+    config = TowerConfig.model_validate({"width": 4, "num_queries": 50 if settings.get("sampling") == "all" else 2,
+                                         "age_width": 3, "age_buckets": 8, **settings})
     tower = build_tower(config, WIDTHS, num_tasks=2, max_events=MAX_EVENTS).double()
     assert isinstance(tower, LongerTower)
     randomise(tower)
@@ -48,10 +49,12 @@ def assert_agrees(tower: LongerTower, user: UserSide, candidates: CandidateSide)
     assert reached > len(inputs) // 2
 
 
-@pytest.mark.parametrize(("merge_size", "inner"), [(1, False), (2, False), (2, True), (4, False), (4, True)])
+@pytest.mark.parametrize(("merge_size", "inner"), [(1, False), (2, False), (2, True), (4, False), (4, True),
+                                                    (8, False), (8, True), (16, False), (16, True)])
 @pytest.mark.parametrize("interaction", [False, True])
 def test_tower_equals_reference_in_logits_and_gradients(merge_size: int, inner: bool, interaction: bool) -> None:
-    tower = build(merge_size=merge_size, inner_trans=InnerTransConfig(num_heads=2) if inner else None,
+    tower = build(merge_size=merge_size, num_queries=1 if merge_size == 16 else 2,
+                  inner_trans=InnerTransConfig(num_heads=2) if inner else None,
                   interaction=InteractionConfig(hidden=(6, 5), context=("item",)) if interaction else None)
     assert_agrees(tower, make_user(HISTORIES), make_candidates(CANDIDATES))
 
@@ -60,7 +63,18 @@ VARIANTS = {
     "no user globals": {"user_token": False},
     "cls tokens": {"num_cls_tokens": 2},
     "no queries": {"num_queries": 0},
-    "all queries": {"num_queries": 50},
+    "every token a query": {"num_queries": 6},
+    "all sampled": {"sampling": "all"},
+    "uniformly sampled": {"sampling": "uniform", "num_queries": 3},
+    "uniformly sampled, few of many": {"sampling": "uniform", "merge_size": 1, "num_queries": 4, "num_self_layers": 2},
+    "newest and uniformly sampled": {"sampling": "recent_uniform", "merge_size": 1, "num_queries": 4},
+    "sampled for the mean": {"sampling": "uniform", "num_queries": 3, "num_self_layers": 0, "pooling": "globals+mean"},
+    "learned queries": {"sampling": "learnable", "num_queries": 3},
+    "learned queries, no user globals": {"sampling": "learnable", "user_token": False, "interaction": {"hidden": (4,)}},
+    "learned queries for the mean": {"sampling": "learnable", "pooling": "globals+mean", "num_self_layers": 0},
+    "more learned queries than events": {"sampling": "learnable", "num_queries": 13, "num_self_layers": 2},
+    "candidate pooled": {"pooling": "candidate", "num_cls_tokens": 1},
+    "candidate pooled, cross layer alone": {"pooling": "candidate", "num_self_layers": 0},
     "cross layer alone": {"num_self_layers": 0},
     "three self layers": {"num_self_layers": 3},
     "mean pooled": {"pooling": "globals+mean"},

@@ -60,16 +60,20 @@ def _one_candidate(tower: LongerTower, user: UserSide, candidate: CandidateSide)
             head_inputs.append(hidden)
     num_events, num_globals, num_own = merged_MX.shape[0], globals_GX.shape[0], len(own)
     token_SX = torch.cat([merged_MX, globals_GX, *own])
-    num_sequence = num_events
+    positions = positions_ref(config.sampling, num_events, config.num_queries)
+    num_sequence = len(positions)
+    sampled_QX = token_SX[positions] if config.sampling != "learnable" else tower.learned[:num_sequence]
+    query_QX = torch.cat([sampled_QX, token_SX[num_events:]])
+    positions += range(num_events, token_SX.shape[0])
     for layer in tower.causal_layers:
-        num_sequence = min(num_sequence, config.num_queries)
-        token_SX = _layer(layer, token_SX, num_sequence + num_globals + num_own, num_own)
+        query_QX = _layer(layer, query_QX, token_SX, positions, num_own)
+        token_SX, positions = query_QX, list(range(query_QX.shape[0]))
     token_SX = tower.final_norm(token_SX)
     sequence, user_out, own_out = token_SX.split([num_sequence, num_globals, num_own])
     item = torch.cat([candidate.embedding[name] for name in tower.item_names], dim=1) * scale
     candidate_inputs = [*head_inputs, own_out.reshape(1, -1), *([item] if scale else []),
                         candidate.dense_CF.to(token_SX.dtype)]
-    user_inputs = [user_out.reshape(1, -1)]
+    user_inputs = [user_out.reshape(1, -1)] if config.pooling != "candidate" else []
     if config.pooling == "globals+mean":
         user_inputs.append(sequence.sum(0, keepdim=True) / max(num_sequence, 1))
     if scale:
@@ -102,22 +106,33 @@ def _candidate_token(tower: LongerTower, candidate: CandidateSide) -> Tensor:
     return (torch.cat([slot] * tokens.merge_size) + tokens.candidate_type).unsqueeze(0)
 
 
-def _layer(layer: CausalLayer, token_SX: Tensor, num_queries: int, num_own: int) -> Tensor:
-    """The last ``num_queries`` tokens through one pre-norm layer under the bottom-right causal mask."""
-    S, X = token_SX.shape
+def _layer(layer: CausalLayer, query_QX: Tensor, token_SX: Tensor, positions: list[int], num_own: int) -> Tensor:
+    """Queries through one pre-norm layer; the one at position p sees the tokens 0 .. p."""
+    num_shared, X = token_SX.shape[0] - num_own, token_SX.shape[1]
     query_w, key_w, value_w = layer.qkv.weight.split(X)
     normed_SX = layer.attention_norm(token_SX)
-    seen = torch.ones(num_queries, S, dtype=torch.bool).tril(S - num_queries)
+    seen_QS = torch.tensor([[key <= position for key in range(token_SX.shape[0])] for position in positions])
     value_SX = normed_SX @ value_w.T
-    value_SX = torch.cat([value_SX[:S - num_own], value_SX[S - num_own:] * layer.own_gain])
+    value_SX = torch.cat([value_SX[:num_shared], value_SX[num_shared:] * layer.own_gain])
     heads = []
     for head in range(layer.num_heads):
         part = slice(head * layer.head_width, (head + 1) * layer.head_width)
-        query = normed_SX[S - num_queries:] @ query_w[part].T
+        query = layer.attention_norm(query_QX) @ query_w[part].T
         score = query @ (normed_SX @ key_w[part].T).T / math.sqrt(layer.head_width)
-        heads.append(score.masked_fill(~seen, -math.inf).softmax(-1) @ value_SX[:, part])
-    token_QX = token_SX[S - num_queries:] + layer.proj(torch.cat(heads, dim=1))
+        heads.append(score.masked_fill(~seen_QS, -math.inf).softmax(-1) @ value_SX[:, part])
+    token_QX = query_QX + layer.proj(torch.cat(heads, dim=1))
     return token_QX + layer.down(torch.nn.functional.silu(layer.up(layer.ffn_norm(token_QX))))
+
+
+def positions_ref(sampling: str, num_merged: int, num_queries: int) -> list[int]:
+    """Twin of ``sampling.sample`` for one history: the position of every query, in chronological order."""
+    if sampling == "learnable":
+        return [num_merged - 1] * num_queries if num_merged else []
+    kept = num_merged if sampling == "all" else min(num_queries, num_merged)
+    recent = {"uniform": 0, "recent_uniform": min(num_queries // 2, kept)}.get(sampling, kept)
+    back = list(range(recent))
+    back += [recent + j * (num_merged - recent) // (kept - recent) for j in range(kept - recent)]
+    return sorted(num_merged - 1 - each for each in back)
 
 
 def _interaction(module: Interaction, user: UserSide, candidate: CandidateSide) -> Tensor:

@@ -22,7 +22,7 @@ class Root(Config):
 
 
 @pytest.mark.parametrize(("content", "kind"), [
-    ({"kind": "longer", "merge_size": 4, "inner_trans": {}}, LongerTower),
+    ({"kind": "longer", "merge_size": 4, "inner_trans": {}, "num_queries": 3}, LongerTower),
     ({"kind": "no_sequence"}, NoSequenceTower), ({"kind": "count", "weights": {"category": 0.2}}, CountTower)])
 def test_kind_chooses_the_tower(content: Mapping[str, Any], kind: type) -> None:
     root = build_config(Root, {"tower": content}, "test")
@@ -38,18 +38,42 @@ def test_kind_chooses_the_tower(content: Mapping[str, Any], kind: type) -> None:
 ])
 def test_sizes_that_do_not_fit_are_refused_with_the_remedy(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build_tower(TowerConfig.model_validate(settings), WIDTHS, 1, 10)
+        build_tower(TowerConfig.model_validate({"num_queries": 2, **settings}), WIDTHS, 1, 10)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"num_queries": 600}, "num_queries=600 but max_events=1000 and merge_size=2 give at most 500 merged tokens; lower "
+                           "model.num_queries to 500 or less, or raise data.max_events to 1199 or more"),
+    ({"num_queries": 126, "merge_size": 8}, "at most 125 merged tokens.* to 1001 or more"),
+    ({"sampling": "all", "num_queries": 100}, "num_queries=100 has no meaning with model.sampling=all"),
+    ({"sampling": "learnable", "num_queries": 0}, "num_queries=0 leaves model.sampling=learnable nothing to choose"),
+    ({"sampling": "recent_uniform", "num_queries": 51}, "num_queries=51 is odd.*use an even number from 2"),
+    ({"sampling": "uniform", "num_self_layers": 0}, "sampling=uniform chooses queries that nothing reads"),
+    ({"sampling": "learnable", "num_self_layers": 0, "pooling": "candidate"}, "set that, or num_self_layers to 1"),
+])
+def test_queries_that_cannot_be_or_go_unused_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_tower(TowerConfig.model_validate(settings), WIDTHS, 1, 1000)
+
+
+def test_as_many_queries_as_there_can_be_tokens_are_allowed_and_one_more_is_not() -> None:
+    for num_queries, merge_size in ((1, 1), (5, 1), (3, 4), (7, 16)):
+        config = TowerConfig(width=2, num_queries=num_queries, merge_size=merge_size)
+        build_tower(config, WIDTHS, 1, config.fewest_events)
+        if config.fewest_events > 1:
+            with pytest.raises(ConfigError, match=f"to {config.fewest_events} or more"):
+                build_tower(config, WIDTHS, 1, config.fewest_events - 1)
 
 
 def test_other_impossible_towers_are_refused() -> None:
     with pytest.raises(ConfigError, match="max_events=0"):
-        build_tower(TowerConfig(), WIDTHS, 1, 0)
+        build_tower(TowerConfig(num_queries=2), WIDTHS, 1, 0)
     with pytest.raises(ConfigError, match="num_tasks=0"):
-        build_tower(TowerConfig(), WIDTHS, 0, 5)
+        build_tower(TowerConfig(num_queries=2), WIDTHS, 0, 5)
     with pytest.raises(ConfigError, match="names 'brand'"):
         build_tower(CountConfig(weights={"brand": 1.0}), WIDTHS, 1, 5)
     with pytest.raises(ConfigError, match="at least one item feature"):
-        build_tower(TowerConfig(), InputWidths({}, {}, {}, 0), 1, 5)
+        build_tower(TowerConfig(num_queries=2), InputWidths({}, {}, {}, 0), 1, 5)
 
 
 def test_age_buckets_are_log_spaced_and_monotone() -> None:

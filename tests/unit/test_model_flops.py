@@ -44,6 +44,11 @@ CONFIGS = {
     "interaction added": {"interaction": {"placement": "added"}, "num_self_layers": 3},
     "interaction in the head": {"interaction": {"placement": "none"}, "num_self_layers": 0},
     "cls tokens and mean": {"num_cls_tokens": 2, "pooling": "globals+mean", "head": {"hidden": [16]}},
+    "uniform": {"sampling": "uniform", "num_self_layers": 2},
+    "recent and uniform, mean": {"sampling": "recent_uniform", "pooling": "globals+mean", "merge_size": 8},
+    "learnable": {"sampling": "learnable", "pooling": "candidate", "num_cls_tokens": 1},
+    "all": {"sampling": "all", "num_queries": 50, "num_self_layers": 2},
+    "candidate pooled": {"pooling": "candidate", "num_self_layers": 0},
     "projection MLP": {"projection_hidden": 24, "user_token": False, "num_cls_tokens": 1},
 }
 
@@ -51,7 +56,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("width", [8, 32])
 def test_flops_equal_a_counted_run(name: str, width: int) -> None:
-    config = TowerConfig.model_validate({"width": width, "num_queries": 10, **CONFIGS[name]})
+    config = TowerConfig.model_validate({"width": width, "num_queries": 8, **CONFIGS[name]})
     tower = build_tower(config, WIDTHS, num_tasks=2, max_events=MAX_EVENTS)
     user, candidates = make_user(HISTORIES, dtype=torch.float32), make_candidates(CANDIDATES, dtype=torch.float32)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

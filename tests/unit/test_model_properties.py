@@ -17,7 +17,11 @@ from tests.reference.towers import DAY_S, WIDTHS, leaves, make_candidates, make_
 HISTORIES, CANDIDATES = [0, 1, 7, 8, 30, 3], [2, 1, 9, 0, 70, 1]
 FULL = {"width": 8, "num_queries": 3, "merge_size": 2, "inner_trans": {"num_heads": 2}, "num_cls_tokens": 1,
         "interaction": {"context": ["item"]}, "pooling": "globals+mean"}
-CONFIGS = {"longer": FULL, "merge 4": {**FULL, "merge_size": 4}, "plain": {"width": 8, "num_queries": 3}}
+CONFIGS = {"longer": FULL, "merge 4": {**FULL, "merge_size": 4}, "plain": {"width": 8, "num_queries": 3},
+           "uniform": {**FULL, "sampling": "uniform"},
+           "recent and uniform": {"width": 8, "merge_size": 1, "sampling": "recent_uniform", "num_queries": 4},
+           "learnable": {**FULL, "sampling": "learnable", "pooling": "candidate"},
+           "all": {"width": 8, "sampling": "all"}}
 
 
 def build(settings: dict[str, object], dtype: torch.dtype = torch.float32) -> LongerTower:
@@ -92,8 +96,10 @@ def test_cached_state_scores_like_a_fresh_one_and_is_left_alone(name: str) -> No
     assert all(torch.equal(left, right) for left, right in zip(kept, tensors_of(state), strict=True))
 
 
-def test_an_event_never_sees_a_newer_one_or_a_user_global() -> None:
-    tower = build({**FULL, "merge_size": 1, "inner_trans": None})
+@pytest.mark.parametrize("sampling", [{}, {"sampling": "uniform"}, {"sampling": "recent_uniform", "num_queries": 4},
+                                      {"sampling": "all", "num_queries": 50}])
+def test_an_event_never_sees_a_newer_one_or_a_user_global(sampling: dict[str, object]) -> None:
+    tower = build({**FULL, "merge_size": 1, "inner_trans": None, **sampling})
     user, _ = floats([9], [1])
     newest = {name: value.detach().clone() for name, value in user.event_embedding.items()}
     for value in newest.values():

@@ -15,7 +15,11 @@ CONFIGS = {
     "merge 4 with InnerTrans": {"merge_size": 4, "inner_trans": {"num_layers": 2, "num_heads": 2}, "num_queries": 30},
     "interaction token": {"interaction": {"context": ["item"]}},
     "interaction added": {"interaction": {"placement": "added"}, "num_self_layers": 3},
-    "no self layer, all queries": {"num_self_layers": 0, "num_queries": 200, "pooling": "globals+mean"},
+    "no self layer, all queries": {"num_self_layers": 0, "num_queries": 150, "pooling": "globals+mean"},
+    "uniform": {"sampling": "uniform", "num_self_layers": 2},
+    "learnable": {"sampling": "learnable"},
+    "all sampled": {"sampling": "all", "num_queries": 50},
+    "candidate pooled": {"pooling": "candidate", "num_cls_tokens": 1},
     "cls tokens, no user token": {"num_cls_tokens": 2, "user_token": False, "head": {"hidden": [16], "id_scale": 0}},
     "projection MLP": {"projection_hidden": 24},
 }
