@@ -30,8 +30,12 @@ class MatchRuns:
 
 @dataclass(frozen=True)
 class UserState:
-    """``head_BF`` is the user's share of the head's first layer; the rest is empty where a tower has no use for it."""
+    """``head_BF`` is the user's share of the head's first layer; the rest is empty where a tower has no use for it.
+
+    ``event_id_T`` are ids of the one feature that a tower searches its events by, aligned with ``layers[0]``.
+    """
 
     head_BF: Tensor
     layers: tuple[LayerCache, ...] = ()
     matches: MatchRuns | None = None
+    event_id_T: Tensor | None = None

@@ -5,14 +5,20 @@ from typing import Annotated
 import pydantic
 
 from longer_rec.errors import ConfigError
+from longer_rec.model.baselines.common import Baseline
 from longer_rec.model.baselines.count import CountConfig, CountTower
+from longer_rec.model.baselines.din import DinConfig, DinTower
 from longer_rec.model.baselines.no_sequence import NoSequenceConfig, NoSequenceTower
+from longer_rec.model.baselines.sum_pooling import SumPoolingConfig, SumPoolingTower
+from longer_rec.model.baselines.transformer import TransformerConfig
 from longer_rec.model.inputs import InputWidths
 from longer_rec.model.longer import LongerTower, TowerConfig
 
-AnyTowerConfig = Annotated[TowerConfig | NoSequenceConfig | CountConfig, pydantic.Field(discriminator="kind")]
+AnyTowerConfig = Annotated[
+    TowerConfig | TransformerConfig | NoSequenceConfig | CountConfig | SumPoolingConfig | DinConfig,
+    pydantic.Field(discriminator="kind")]
 # Each has ``encode(UserSide) -> UserState`` and ``score(UserState, CandidateSide) -> C x Y``; nothing else is called.
-AnyTower = LongerTower | NoSequenceTower | CountTower
+AnyTower = LongerTower | Baseline | CountTower
 
 
 def build_tower(config: AnyTowerConfig, widths: InputWidths, num_tasks: int, max_events: int) -> AnyTower:
@@ -24,8 +30,14 @@ def build_tower(config: AnyTowerConfig, widths: InputWidths, num_tasks: int, max
         raise ConfigError(f"max_events={max_events} must be at least 1; a history of no event is the no_sequence tower")
     if num_tasks < 1:
         raise ConfigError(f"num_tasks={num_tasks} must be at least 1; name a task in the schema")
-    if isinstance(config, TowerConfig):
-        return LongerTower(config, widths, num_tasks, max_events)
-    if isinstance(config, NoSequenceConfig):
-        return NoSequenceTower(config, widths, num_tasks)
-    return CountTower(config, widths, num_tasks, max_events)
+    match config:
+        case TowerConfig():
+            return LongerTower(config, widths, num_tasks, max_events)
+        case NoSequenceConfig():
+            return NoSequenceTower(config, widths, num_tasks, max_events)
+        case CountConfig():
+            return CountTower(config, widths, num_tasks, max_events)
+        case SumPoolingConfig():
+            return SumPoolingTower(config, widths, num_tasks, max_events)
+        case DinConfig():
+            return DinTower(config, widths, num_tasks, max_events)

@@ -49,7 +49,7 @@ def assert_one_line(outcome: Outcome, message: str) -> None:
     ("dense.lr=-1", r"dense\.lr=-1: input should be greater than 0"),
     ("dense.lr=.nan", r"dense\.lr=nan: input should be a finite number"),
     ("sparse.plan={item: rowwise}", r"sparse\.plan\.item='rowwise': input should be 'table_wise', 'row_wise'"),
-    ("model={kind: longr}", r"model\.kind='longr' is unknown; use one of 'longer', 'no_sequence', 'count'"),
+    ("model={kind: longr}", r"model\.kind='longr' is unknown; use one of 'longer', 'transformer', 'no_seq"),
     ("model={width: 8}", r"'model\.kind' is missing; add it"),
     ("model.width", r"override 'model\.width' is not of the form key\.sub=value"),
     ("name.first=x", r"override 'name\.first=x': 'name' is 'synthetic_debug', not a group of keys"),

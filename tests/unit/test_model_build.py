@@ -103,7 +103,7 @@ def test_head_j_starts_as_a_matcher_of_slot_j() -> None:
     assert torch.equal(key, layer.qkv(slots.flatten())[K * D:2 * K * D])
 
 
-def _matching_batch(generator: torch.Generator, table: torch.Tensor) -> tuple[UserSide, CandidateSide, torch.Tensor]:
+def matching_batch(generator: torch.Generator, table: torch.Tensor) -> tuple[UserSide, CandidateSide, torch.Tensor]:
     """32 requests of 21 events and 8 candidates, positive if and only if in the history."""
     num_ids, num_requests, length, count = len(table), 32, 21, 8
     event_id = torch.randint(1, num_ids, (num_requests, length), generator=generator)
@@ -132,7 +132,7 @@ def test_matching_a_candidate_with_the_history_is_learned(settings: dict[str, ob
     optimizer = torch.optim.AdamW(tower.parameters(), lr=3e-3)
     losses = []
     for _ in range(120):
-        user, candidates, label = _matching_batch(generator, table)
+        user, candidates, label = matching_batch(generator, table)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(tower.score(tower.encode(user), candidates), label)
         optimizer.zero_grad()
         loss.backward()

@@ -1,0 +1,107 @@
+"""What all learned baselines share: inputs, event tokens, head and interaction statistics are LONGER's own.
+
+A baseline differs in two functions alone: ``read`` makes of a user's events what the candidates need, ``look`` gives
+what a candidate sees in it. So a difference between two towers is one of how the history is read.
+"""
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from longer_rec.config import Config
+from longer_rec.errors import ConfigError
+from longer_rec.model.head import Head, HeadConfig, scaled_inputs
+from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, keep_newest
+from longer_rec.model.interaction import InteractionConfig
+from longer_rec.model.jagged import request_of
+from longer_rec.model.longer import build_interaction
+from longer_rec.model.state import LayerCache, UserState
+from longer_rec.model.tokens import EventTokens
+
+
+class BaselineConfig(Config):
+    """``interaction``: the statistics' MLP straight into the head; its ``placement`` is of LONGER's tokens alone."""
+
+    interaction: InteractionConfig | None = None
+    head: HeadConfig = HeadConfig()
+
+
+class SequenceConfig(BaselineConfig):
+    """D = ``width``; the tokens are LONGER's with merge size 1."""
+
+    width: int = pydantic.Field(32, ge=1)
+    projection_hidden: int = pydantic.Field(0, ge=0, description="hidden width of the input projection; 0: linear")
+    age_buckets: int = pydantic.Field(64, ge=2)
+    age_width: int = pydantic.Field(8, ge=1)
+
+
+class Baseline(nn.Module):
+    """Raw embeddings x ``id_scale``, dense features, statistics and the two hooks' outputs -> head."""
+
+    def __init__(self, config: BaselineConfig, widths: InputWidths, num_tasks: int, max_events: int,
+                 candidate_width: int = 0, user_width: int = 0) -> None:
+        super().__init__()
+        if not widths.item:
+            raise ConfigError("the tower needs at least one item feature; add one to the schema")
+        if config.interaction is not None and not config.interaction.to_head:
+            raise ConfigError("model.interaction.to_head=false leaves a baseline's statistics unread; set it to true "
+                              "or model.interaction to null")
+        self.item_names, self.user_names = tuple(widths.item), tuple(widths.user)
+        self.scale, self.max_events = config.head.id_scale, max_events
+        self.interaction, interaction_width = build_interaction(config.interaction, widths)
+        has_ids = self.scale > 0
+        candidate_width += has_ids * sum(widths.item.values()) + widths.num_item_dense + interaction_width
+        user_width += has_ids * sum(widths.user.values()) + widths.num_dense
+        self.head = Head(config.head, candidate_width, user_width, num_tasks)
+
+    def read(self, user: UserSide) -> tuple[list[Tensor], UserState]:
+        """Inputs of the head that a user's events give (each B x .), and what the candidates need of them; the state's
+        other fields are filled in by ``encode``."""
+        return [], UserState(user.dense_BF[:, :0])
+
+    def look(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
+        """Inputs of the head that depend on the candidate and the history (each C x .)."""
+        return []
+
+    def encode(self, user: UserSide) -> UserState:
+        user = keep_newest(user, self.max_events)
+        outputs, state = self.read(user)
+        outputs += scaled_inputs(user.user_embedding, self.user_names, self.scale)
+        outputs.append(user.dense_BF.to(self.head.user.weight.dtype))
+        runs = self.interaction.encode(user) if self.interaction is not None else None
+        return UserState(self.head.encode(torch.cat(outputs, dim=1)), state.layers, runs, state.event_id_T)
+
+    def score(self, state: UserState, candidates: CandidateSide) -> Tensor:
+        """Logits C x Y."""
+        parts = self.look(state, candidates)
+        if self.interaction is not None and state.matches is not None:
+            parts.append(self.interaction.score(state.matches, candidates))
+        parts += scaled_inputs(candidates.embedding, self.item_names, self.scale)
+        parts.append(candidates.dense_CF.to(self.head.user.weight.dtype))
+        request_C = request_of(candidates.length_B, candidates.dense_CF.shape[0])
+        return self.head(torch.cat(parts, dim=1), state.head_BF, request_C)
+
+
+def build_tokens(config: SequenceConfig, widths: InputWidths, max_events: int) -> EventTokens:
+    """The projection of events and candidates, one token an event."""
+    return EventTokens(widths, config.width, 1, config.projection_hidden, max_events, config.age_buckets,
+                       config.age_width)
+
+
+def check_heads(num_heads: int, width: int) -> None:
+    """Raise ``ConfigError`` where heads do not divide the width."""
+    if width % num_heads:
+        divisors = [heads for heads in range(1, width + 1) if width % heads == 0]
+        raise ConfigError(f"model.num_heads={num_heads} does not divide model.width={width}; use one of {divisors}")
+
+
+def user_vectors(vector_BD: Tensor) -> UserState:
+    """The state of a tower that leaves one vector a user: a cache of one key a request."""
+    one_B = torch.ones(vector_BD.shape[0], dtype=torch.int64, device=vector_BD.device)
+    return UserState(vector_BD[:, :0], (LayerCache(vector_BD.unsqueeze(1), vector_BD.unsqueeze(1), one_B),))
+
+
+def vector_of(state: UserState, candidates: CandidateSide) -> Tensor:
+    """C x D: the vector of each candidate's user."""
+    request_C = request_of(candidates.length_B, candidates.dense_CF.shape[0])
+    return state.layers[0].value_SHE.squeeze(1).index_select(0, request_C)
