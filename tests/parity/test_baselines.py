@@ -116,6 +116,7 @@ def test_low_precision_determinism_and_nothing_at_all(kind: str) -> None:
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"kind": "din", "interaction": {"to_head": False}}, "to_head=false leaves a baseline's statistics unread; set it"),
+    ({"kind": "transformer", "num_queries": 3}, "num_queries=3 has no meaning with model.sampling=all"),
     ({"kind": "sum_pooling", "interaction": {"fields": ["colour"]}}, "item feature 'colour'; known are item, category"),
 ])
 def test_what_does_not_fit_is_refused_with_the_remedy(settings: Mapping[str, Any], message: str) -> None:
@@ -124,7 +125,7 @@ def test_what_does_not_fit_is_refused_with_the_remedy(settings: Mapping[str, Any
 
 
 @pytest.mark.parametrize("settings", [
-    {"kind": "transformer", "merge_size": 2}, {"kind": "transformer", "num_queries": 50},
+    {"kind": "transformer", "merge_size": 2}, {"kind": "transformer", "sampling": "recent"},
     {"kind": "din", "num_recent": 0}], ids=str)
 def test_what_is_no_option_of_a_kind_is_refused(settings: Mapping[str, Any]) -> None:
     with pytest.raises(pydantic.ValidationError, match="Input should be"):

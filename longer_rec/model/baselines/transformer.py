@@ -10,12 +10,9 @@ from longer_rec.model.longer import TowerConfig
 
 
 class TransformerConfig(TowerConfig):
-    """``TowerConfig`` with what makes it a plain Transformer held fast; 1 + ``num_self_layers`` layers.
-
-    ``num_queries`` is more than any history has events.
-    """
+    """``TowerConfig`` with what makes it a plain Transformer held fast; 1 + ``num_self_layers`` layers."""
 
     kind: Literal["transformer"] = "transformer"  # type: ignore[assignment]  # a subclass, to be built and planned alike
     merge_size: Literal[1] = 1
     inner_trans: None = None
-    num_queries: Literal[2147483648] = 2147483648
+    sampling: Literal["all"] = "all"
