@@ -1,6 +1,7 @@
 """The ``longer-rec`` command. A ``LongerRecError`` ends in one line and its exit code; bugs keep their traceback."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -173,6 +174,19 @@ def plan(
             raise ConfigError(f"--calibrate={calibrate} is not a list of numbers of ranks; use such as 1,2,4")
         calibrate_job(job, [int(number) for number in calibrate.split(",")], out, measure_job)
     elif not plan_job(job, request):
+        raise typer.Exit(1)
+
+
+@app.command()
+def study(config: Annotated[Path, typer.Argument(help="YAML file of a study")], overrides: Overrides = None) -> None:
+    """A grid of runs and one table of their results. Continues where it was stopped; exit code 1 when a run failed."""
+    end_on_stop()
+    os.environ["OMP_NUM_THREADS"] = "1"  # each run has a core
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as in launch: runs are forked
+    from longer_rec.study.command import run_study
+
+    command = shlex.join(["longer-rec", "study", str(config), *(overrides or ())])
+    if not run_study(config, overrides or (), command):
         raise typer.Exit(1)
 
 
