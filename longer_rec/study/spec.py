@@ -105,8 +105,8 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
 def variants(study: StudyConfig) -> list[Variant]:
     """All lines of the table, in its order; ``ConfigError`` for overrides that no job can be built from.
 
-    Later overrides win: those of ``common``, then ``data``, the model, the axes in their order. Baselines of ``base``
-    are not run: a study compares its own models.
+    Later overrides win: those of ``common``, then the model's, the data set's, the axes' in their order. Baselines of
+    ``base`` are not run: a study compares its own models.
     """
     base = read_yaml(study.base) | {"baselines": {}}
     return list(_variants(study, base))
@@ -118,7 +118,7 @@ def _variants(study: StudyConfig, base: Mapping[str, Any]) -> Iterator[Variant]:
     for data_name, point, (model, of_model) in product(data, product(*axes), study.models.items()):
         of_point = [override for axis, name in point for override in study.grid[axis][name]]
         folder = Path(*([data_name] if data_name else []), model, *(f"{axis}={name}" for axis, name in point))
-        overrides = [*study.common, *data[data_name], *of_model, *of_point]
+        overrides = [*study.common, *of_model, *data[data_name], *of_point]
         variant = Variant(data_name, model, dict(point), folder, base)
         variant = replace(variant, content=variant.merged(overrides))
         for choice in ((), *study.search.values()):
