@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from longer_rec.study.table import study_content
 from longer_rec.study.tasks import Task, run_tasks
 from longer_rec.study.trial import run_trial
 from longer_rec.train.run import train
-from longer_rec.train.run_dir import write_atomically, writing
+from longer_rec.train.run_dir import read_run, write_atomically, writing
 
 # How long the runs of a study that was killed may take to save: they are told to when it dies.
 _ENDING_S: Final = 60.0
@@ -49,7 +50,7 @@ def run_study(path: Path, overrides: Sequence[str], command: str) -> bool:
         spent = study.directory / "spent.json"
         sizes = {path: dataset.num_requests("train") for path, dataset in datasets.items()}
         with StudyProgress(study.name, spent, parallel, sizes) as progress:
-            course = _Course(study, grid, sizes, parallel, stop, progress)
+            course = _Course(study, grid, datasets, parallel, stop, progress)
             failed = course.run()
         content = study_content(study, grid, course.runs, course.costs, course.choices, failed)
         content |= {"command": command, "spent_s": StudyProgress.spent_s(spent)}
@@ -67,7 +68,7 @@ class _Course:
 
     study: StudyConfig
     grid: list[Variant]
-    num_requests: Mapping[Path, int]
+    datasets: Mapping[Path, Dataset]
     parallel: int
     stop: StopSignal
     progress: StudyProgress
@@ -82,7 +83,7 @@ class _Course:
         self.costs = {folder: json.loads(task.result.read_text()) for folder, task in probes.items() if task.done}
         measured = [variant for variant in self.grid if variant.folder in self.costs]
         searched = {variant.folder: {
-            choice: self._trial(variant, choice, self._epochs(variant, self.study.search_budget_s),
+            choice: self._trial(variant, f"search-{choice}", self._epochs(variant, self.study.search_budget_s),
                                 *self.study.search[choice]) for choice in self.study.search}
             for variant in measured if self._is_trained(variant)}
         failed |= self._round("searching", [task for tasks in searched.values() for task in tasks.values()])
@@ -96,7 +97,7 @@ class _Course:
 
     def _round(self, phase: str, tasks: list[Task], fill: bool = False) -> dict[str, str]:
         for task in tasks:
-            _refuse_changed(task, self.study.directory)
+            _refuse_changed(task, self.datasets[task.job.data.dir], self.study.directory)
         # A speed that is measured beside idle cores would be none of those to come.
         num_idle = -sum(not task.done for task in tasks) % self.parallel if fill else 0
         fillers = [_filler(tasks[number % len(tasks)], number) for number in range(num_idle)]
@@ -123,7 +124,7 @@ class _Course:
     def _probe_epochs(self, variant: Variant) -> float:
         job = variant.job(self.study.directory)
         requests = self.study.probe_steps * job.data.batch_requests * (job.elastic.num_workers or 1)
-        return requests / self.num_requests[job.data.dir] if self._is_trained(variant) else 0.0
+        return requests / self.datasets[job.data.dir].num_requests("train") if self._is_trained(variant) else 0.0
 
     def _epochs(self, variant: Variant, budget_s: float | None) -> float:
         """Passes over the training requests: a number of steps, fixed before the first, so that a run can be repeated
@@ -133,15 +134,15 @@ class _Course:
             return 0.0
         if budget_s is not None:
             rate = self.costs[variant.folder]["requests_per_s"]
-            return equal_time_epochs(rate, budget_s, self.num_requests[job.data.dir])
+            return equal_time_epochs(rate, budget_s, self.datasets[job.data.dir].num_requests("train"))
         return job.train.epochs
 
     def _best(self, tasks: Mapping[str, Task]) -> str:
-        """The choice that is best on the validation requests; of equals the first."""
-        found = {choice: json.loads(task.result.read_text())["validation"][self.study.search_metric]
-                 for choice, task in tasks.items()}
+        """The choice that is best on the validation requests; of equals the first. No metric is the worst."""
         sign = -1.0 if self.study.search_metric == "auc" else 1.0
-        return min(found, key=lambda choice: sign * found[choice])
+        found = {choice: sign * json.loads(task.result.read_text())["validation"][self.study.search_metric]
+                 for choice, task in tasks.items()}
+        return min(found, key=lambda choice: math.inf if math.isnan(found[choice]) else found[choice])
 
 
 def equal_time_epochs(requests_per_s: float, budget_s: float, num_requests: int) -> float:
@@ -175,10 +176,13 @@ def _open_datasets(study: StudyConfig, grid: Sequence[Variant]) -> dict[Path, Da
     return datasets
 
 
-def _refuse_changed(task: Task, directory: Path) -> None:
-    """``ConfigError`` when an earlier start gave this task other settings: its results would be of another study."""
+def _refuse_changed(task: Task, dataset: Dataset, directory: Path) -> None:
+    """``ConfigError`` when an earlier start gave this task other settings or data: it would be of another study."""
     before = task.file(".yaml")
     changed = changed_keys(load_config(Job, before), task.job) if before.exists() else []
+    if (task.job.run_dir / "run.json").exists():
+        fingerprint = read_run(task.job.run_dir)["data"]["fingerprint"]
+        changed += ["the data's fingerprint"] * (fingerprint != dataset.fingerprint)
     if changed:
         raise ConfigError(f"{before} was made for other settings (differs in {', '.join(changed)}); remove "
                           f"{before.parent} to run it anew, or give the study another out than {directory}")

@@ -78,7 +78,7 @@ class StudyProgress:
         if self._durations and (waiting or running):
             each = sum(self._durations) / len(self._durations)
             left = len(waiting) * each + sum(max(0.0, each - now + began) for began in self._started.values())
-            text += f", about {format_duration(left / self._parallel)} left"
+            text += f", about {format_duration(max(1.0, left / self._parallel))} left"
         return text
 
     def _state(self, task: Task) -> str:

@@ -132,7 +132,7 @@ def test_equal_time_with_a_search(commands: CommandServer, synthetic: Path, tmp_
     outcome = commands.run("study", path)
     assert (outcome.code, outcome.err) == (0, ""), outcome
     nothing, counts = table(out)
-    validation = {name: json.loads((out / f"trials/nothing/{name}.json").read_text())["validation"]["logloss"]
+    validation = {name: json.loads((out / f"trials/nothing/search-{name}.json").read_text())["validation"]["logloss"]
                   for name in ("stuck", "learns")}
     assert nothing["setting"] == min(validation, key=lambda name: validation[name])
     assert (counts["setting"], counts["requests"]) == ("", "0.0")
