@@ -20,7 +20,7 @@ from longer_rec.model.interaction import Interaction, InteractionConfig
 from longer_rec.model.jagged import request_of, rows_after
 from longer_rec.model.layers import CausalLayer
 from longer_rec.model.merge import InnerTransConfig, TokenMerge
-from longer_rec.model.norms import NormKind, NormPlace, build_norm
+from longer_rec.model.norms import LayerInit, NormKind, NormPlace, build_norm, layer_norms
 from longer_rec.model.sampling import DEFAULT_QUERIES, Queries, Sampling, check_sampling, fewest_events, newest, sample
 from longer_rec.model.state import LayerCache, UserState
 from longer_rec.model.tokens import EventTokens, UserGlobals
@@ -41,6 +41,7 @@ class TowerConfig(Config):
     dropout: float = pydantic.Field(0.0, ge=0.0, lt=1.0)
     norm: NormPlace = "pre"
     norm_kind: NormKind = "layer"
+    layer_init: LayerInit | None = pydantic.Field(None, description="null: megatron for hybrid norms, else plain")
     matcher_gamma: float = pydantic.Field(2.0, ge=0.0, description="W_q, W_k start as this times I; 0: random start")
     projection_hidden: int = pydantic.Field(0, ge=0, description="hidden width of the input projection; 0: linear")
     age_buckets: int = pydantic.Field(64, ge=2)
@@ -58,6 +59,12 @@ class TowerConfig(Config):
     @property
     def heads(self) -> int:
         return self.num_heads or self.merge_size
+
+    @property
+    def megatron_layers(self) -> int:
+        """Layers among which Megatron's start divides the stream; 0 where layers start as PyTorch starts them."""
+        init = self.layer_init or ("megatron" if self.norm.startswith("hybrid") else "plain")
+        return (1 + self.num_self_layers) * (init == "megatron")
 
     @property
     def num_candidate_tokens(self) -> int:
@@ -98,8 +105,9 @@ class LongerTower(nn.Module):
         if config.sampling == "learnable":
             self.learned = nn.Parameter(torch.randn(config.num_queries, X) * 0.3)
         self.layers = nn.ModuleList(
-            CausalLayer(X, config.heads, config.ffn_multiple, config.dropout, config.norm_kind, config.matcher_gamma)
-            for _ in range(1 + config.num_self_layers))
+            CausalLayer(X, config.heads, config.ffn_multiple, config.dropout, config.norm_kind, config.matcher_gamma,
+                        layer_norms(config.norm, depth), config.megatron_layers)
+            for depth in range(1 + config.num_self_layers))
         self.final_norm = build_norm(config.norm_kind, X)
         self.interaction, interaction_width = build_interaction(config.interaction, widths)
         if config.interaction is not None and config.interaction.placement != "none":
@@ -231,5 +239,8 @@ def _check(config: TowerConfig, widths: InputWidths, max_events: int) -> None:
     if config.inner_trans is not None and config.merge_size == 1:
         raise ConfigError("model.inner_trans needs groups of more than one event: set model.merge_size above 1 or "
                           "model.inner_trans to null")
+    if config.norm == "hybrid_star" and config.num_self_layers == 0:
+        raise ConfigError("model.norm=hybrid_star norms its first layer unlike the others and model.num_self_layers=0 "
+                          "leaves no other; set model.num_self_layers to 1 or more, or model.norm to hybrid")
     if not widths.item:
         raise ConfigError("the tower needs at least one item feature; add one to the schema")

@@ -11,6 +11,7 @@ from longer_rec.model.flops import layer_rows
 from longer_rec.model.inputs import InputWidths
 from longer_rec.model.interaction import NUM_EXTREMES, num_statistics
 from longer_rec.model.longer import TowerConfig
+from longer_rec.model.norms import LayerNorms, layer_norms
 
 _INDEX = 8  # int64
 _FULL = 4  # the residual stream and what norms keep stay fp32 under autocast
@@ -50,8 +51,10 @@ class _Counter:
     def parts(self) -> dict[str, list[tuple[int, int]]]:
         """(what it is given, what else it keeps) of each module of a part."""
         X = self.config.merged_width
-        cross, *own = [[(_FULL * X * sum(keys), self._user_layer(keys, queries)),
-                        (_FULL * X * self.N, self._candidate_layer(keys))] for keys, queries in self.layers]
+        norms = [layer_norms(self.config.norm, depth) for depth in range(len(self.layers))]
+        cross, *own = [[(_FULL * X * sum(keys), self._user_layer(keys, queries, norm)),
+                        (_FULL * X * self.N, self._candidate_layer(keys, norm))]
+                       for (keys, queries), norm in zip(self.layers, norms, strict=True)]
         cross.append((_FULL * X * sum(self.layers[0][0]) if self.config.num_user_globals else 0, 0))
         # index_copy keeps what it copies: the events into groups, the merged tokens beside the globals.
         merge = (_FULL * self.T * self.config.width if self.config.merge_size > 1 else 0, self._merge())
@@ -93,20 +96,30 @@ class _Counter:
         layer = slots * ((6 + 2 * inner.ffn_multiple) * D * self.value + weights + _FULL * (2 * D + 4))
         return index + inner.num_layers * layer + slots * D * self.value
 
-    def _user_layer(self, keys: Sequence[int], queries: Sequence[int]) -> int:
+    def _user_layer(self, keys: Sequence[int], queries: Sequence[int], norms: LayerNorms) -> int:
         X, S, Q = self.config.merged_width, sum(keys), sum(queries)
-        size = S * (_FULL * 2 + self.value * X)
+        size = S * (self._input_norm(norms) + 2 * self._head_norm(norms))
         if Q == 0:
             return size
         size += Q * (_INDEX + self.value * X) if Q < S else 0
-        return size + self._attention(queries, keys) + self._feed_forward(Q)
+        return size + Q * self._head_norm(norms) + self._attention(queries, keys) + self._feed_forward(Q, norms)
 
-    def _candidate_layer(self, keys: Sequence[int]) -> int:
+    def _candidate_layer(self, keys: Sequence[int], norms: LayerNorms) -> int:
         config, N = self.config, self.N
         X, G = config.merged_width, config.num_candidate_tokens
         own_weights = self.C * config.heads * sum(own + 2 for own in range(G))
-        size = N * (_FULL * 2 + 4 * X * self.value) + self.value * (own_weights + N * X)
-        return size + self._attention(self.candidates, keys) + self._feed_forward(N)
+        size = N * (self._input_norm(norms) + 3 * X * self.value) + self.value * (own_weights + N * X)
+        # Behind a norm the gate on own values is a product of its own.
+        size += N * (3 * self._head_norm(norms) + norms.heads * self.value * X)
+        return size + self._attention(self.candidates, keys) + self._feed_forward(N, norms)
+
+    def _input_norm(self, norms: LayerNorms) -> int:
+        """A token's mean and deviation, and itself normalised."""
+        return norms.input * (_FULL * 2 + self.value * self.config.merged_width)
+
+    def _head_norm(self, norms: LayerNorms) -> int:
+        """What is normalised, before and after its division by a root mean square a head, in fp32."""
+        return norms.heads * _FULL * (2 * self.config.merged_width + self.config.heads)
 
     def _attention(self, queries: Sequence[int], keys: Sequence[int]) -> int:
         """Padded copies of queries, keys and values, the weights, the packed output, and where each row lies."""
@@ -120,9 +133,9 @@ class _Counter:
         values = (padded_queries + 2 * padded_keys + sum(queries)) * X + weights
         return self.value * values + _INDEX * H * (padded_queries + padded_keys + sum(queries) + sum(keys))
 
-    def _feed_forward(self, rows: int) -> int:
+    def _feed_forward(self, rows: int, norms: LayerNorms) -> int:
         X = self.config.merged_width
-        return rows * (_FULL * (X + 2) + self.value * (1 + 2 * self.config.ffn_multiple) * X)
+        return rows * ((1 + norms.output) * _FULL * (X + 2) + self.value * (1 + 2 * self.config.ffn_multiple) * X)
 
     def _interaction(self) -> int:
         interaction, widths = self.config.interaction, self.widths

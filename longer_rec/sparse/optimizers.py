@@ -66,7 +66,8 @@ def apply_table_optimizer(parameters: Iterable[nn.Parameter], config: SparseConf
     apply_optimizer_in_backward(rule, parameters, arguments)
 
 
-def _decay_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices first, which decay, then vectors (norms, the gains of queries and keys, biases)."""
     matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -90,7 +91,7 @@ class RankerOptimizer:
         self._parts: list[tuple[KeyedOptimizer, float]] = [(self._fused, sparse.lr)]
         if self.tower:
             self._parts.append((KeyedOptimizerWrapper(
-                self.tower, lambda named: torch.optim.AdamW(_decay_groups(named, dense.weight_decay), lr=dense.lr,
+                self.tower, lambda named: torch.optim.AdamW(decay_groups(named, dense.weight_decay), lr=dense.lr,
                                                             betas=dense.betas, eps=dense.eps),
                 pass_params_dict=True), dense.lr))
         self._replicated = replicated

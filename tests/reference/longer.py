@@ -14,6 +14,7 @@ from longer_rec.model.interaction import Interaction, describe
 from longer_rec.model.layers import CausalLayer
 from longer_rec.model.longer import LongerTower
 from longer_rec.model.merge import merge_ref
+from longer_rec.model.norms import NormPlace
 
 
 def tower_ref(tower: LongerTower, user: UserSide, candidates: CandidateSide) -> Tensor:
@@ -65,8 +66,8 @@ def _one_candidate(tower: LongerTower, user: UserSide, candidate: CandidateSide)
     sampled_QX = token_SX[positions] if config.sampling != "learnable" else tower.learned[:num_sequence]
     query_QX = torch.cat([sampled_QX, token_SX[num_events:]])
     positions += range(num_events, token_SX.shape[0])
-    for layer in tower.causal_layers:
-        query_QX = _layer(layer, query_QX, token_SX, positions, num_own)
+    for depth, layer in enumerate(tower.causal_layers):
+        query_QX = _layer(layer, config.norm, depth == 0, query_QX, token_SX, positions, num_own)
         token_SX, positions = query_QX, list(range(query_QX.shape[0]))
     token_SX = tower.final_norm(token_SX)
     sequence, user_out, own_out = token_SX.split([num_sequence, num_globals, num_own])
@@ -106,22 +107,34 @@ def _candidate_token(tower: LongerTower, candidate: CandidateSide) -> Tensor:
     return (torch.cat([slot] * tokens.merge_size) + tokens.candidate_type).unsqueeze(0)
 
 
-def _layer(layer: CausalLayer, query_QX: Tensor, token_SX: Tensor, positions: list[int], num_own: int) -> Tensor:
-    """Queries through one pre-norm layer; the one at position p sees the tokens 0 .. p."""
+def _layer(layer: CausalLayer, place: NormPlace, is_first: bool, query_QX: Tensor, token_SX: Tensor,
+           positions: list[int], num_own: int) -> Tensor:
+    """Queries through one layer; the one at position p sees the tokens 0 .. p."""
     num_shared, X = token_SX.shape[0] - num_own, token_SX.shape[1]
+    is_pre = place == "pre" or (place == "hybrid_star" and is_first)
     query_w, key_w, value_w = layer.qkv.weight.split(X)
-    normed_SX = layer.attention_norm(token_SX)
+    read_QX, read_SX = (layer.attention_norm(each) if is_pre else each for each in (query_QX, token_SX))
     seen_QS = torch.tensor([[key <= position for key in range(token_SX.shape[0])] for position in positions])
-    value_SX = normed_SX @ value_w.T
-    value_SX = torch.cat([value_SX[:num_shared], value_SX[num_shared:] * layer.own_gain])
     heads = []
     for head in range(layer.num_heads):
         part = slice(head * layer.head_width, (head + 1) * layer.head_width)
-        query = layer.attention_norm(query_QX) @ query_w[part].T
-        score = query @ (normed_SX @ key_w[part].T).T / math.sqrt(layer.head_width)
-        heads.append(score.masked_fill(~seen_QS, -math.inf).softmax(-1) @ value_SX[:, part])
+        query, key, value = read_QX @ query_w[part].T, read_SX @ key_w[part].T, read_SX @ value_w[part].T
+        if place in ("hybrid", "hybrid_star"):
+            query, key, value = (_rms(each, norm.weight) for each, norm in (
+                (query, layer.query_norm), (key, layer.key_norm), (value, layer.value_norm)))
+        value = torch.cat([value[:num_shared], value[num_shared:] * layer.own_gain[part]])
+        score = query @ key.T / math.sqrt(layer.head_width)
+        heads.append(score.masked_fill(~seen_QS, -math.inf).softmax(-1) @ value)
     token_QX = query_QX + layer.proj(torch.cat(heads, dim=1))
-    return token_QX + layer.down(torch.nn.functional.silu(layer.up(layer.ffn_norm(token_QX))))
+    normed_QX = layer.ffn_norm(token_QX)
+    ffn_QX = layer.down(torch.nn.functional.silu(layer.up(normed_QX)))
+    if is_pre:
+        return token_QX + ffn_QX
+    return layer.output_norm(normed_QX + ffn_QX) if place == "post" else normed_QX + ffn_QX
+
+
+def _rms(value: Tensor, weight: Tensor) -> Tensor:
+    return value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
 def positions_ref(sampling: str, num_merged: int, num_queries: int) -> list[int]:

@@ -12,6 +12,7 @@ from longer_rec.errors import ConfigError
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
 from longer_rec.model.layers import CausalLayer
 from longer_rec.model.longer import LongerTower
+from longer_rec.model.norms import layer_norms
 from longer_rec.model.tokens import MAX_AGE_S, age_boundaries, age_bucket
 from longer_rec.model.tower import AnyTowerConfig, CountConfig, CountTower, NoSequenceTower, TowerConfig, build_tower
 from tests.reference.towers import DAY_S, WIDTHS
@@ -33,6 +34,7 @@ def test_kind_chooses_the_tower(content: Mapping[str, Any], kind: type) -> None:
     ({"width": 6, "merge_size": 2, "num_heads": 5}, r"num_heads=5 does not divide the merged width 12.*\[1, 2, 3, 4"),
     ({"width": 6, "merge_size": 2, "inner_trans": {"num_heads": 4}}, r"inner_trans.num_heads=4 does not divide"),
     ({"merge_size": 1, "inner_trans": {}}, "inner_trans needs groups"),
+    ({"norm": "hybrid_star", "num_self_layers": 0}, "hybrid_star .* model.num_self_layers=0 .*; set .* 1 or more"),
     ({"interaction": {"fields": ["colour"]}}, "item feature 'colour'; known are item, category"),
     ({"interaction": {"context": ["quantity"]}}, "item feature 'quantity'"),
 ])
@@ -93,7 +95,7 @@ def test_age_buckets_are_log_spaced_and_monotone() -> None:
 def test_head_j_starts_as_a_matcher_of_slot_j() -> None:
     torch.manual_seed(0)
     K, D = 4, 32
-    layer = CausalLayer(K * D, K, 4, 0.0, "layer", matcher_gamma=2.0)
+    layer = CausalLayer(K * D, K, 4, 0.0, "layer", 2.0, layer_norms("pre", 0))
     slots = torch.randn(K, D)
     query, key, _ = layer.qkv(slots.flatten()).split(K * D)
     for other in range(K):
@@ -121,8 +123,8 @@ def matching_batch(generator: torch.Generator, table: torch.Tensor) -> tuple[Use
 
 @pytest.mark.parametrize("settings", [
     {"merge_size": 1}, {"merge_size": 2}, {"merge_size": 2, "inner_trans": {}, "num_self_layers": 0},
-    {"merge_size": 4}, {"merge_size": 2, "interaction": {"to_head": False}}],
-    ids=["K=1", "K=2", "K=2 InnerTrans", "K=4", "interaction"])
+    {"merge_size": 4}, {"merge_size": 2, "interaction": {"to_head": False}}, {"norm": "post"},
+    {"norm": "hybrid_star"}], ids=["K=1", "K=2", "K=2 InnerTrans", "K=4", "interaction", "post", "hybrid_star"])
 def test_matching_a_candidate_with_the_history_is_learned(settings: dict[str, object]) -> None:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)

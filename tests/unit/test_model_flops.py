@@ -14,6 +14,7 @@ from longer_rec.model.flops import (
     tower_flops,
 )
 from longer_rec.model.layers import CausalLayer
+from longer_rec.model.norms import layer_norms
 from longer_rec.model.tower import TowerConfig, build_tower
 from tests.reference.towers import WIDTHS, make_candidates, make_user
 
@@ -32,7 +33,7 @@ def test_formulas_give_the_papers_figures() -> None:
 
 def test_parameter_formula_equals_our_layer_up_to_its_biases() -> None:
     # Ours has no bias on q, k, v and the output projection, 4 d fewer, and a gain on own values, d more.
-    layer = CausalLayer(32, 2, 4, 0.0, "layer", 2.0)
+    layer = CausalLayer(32, 2, 4, 0.0, "layer", 2.0, layer_norms("pre", 0))
     assert sum(each.numel() for each in layer.parameters()) == encoder_layer_parameters(32) - 3 * 32
 
 
@@ -50,6 +51,8 @@ CONFIGS = {
     "all": {"sampling": "all", "num_queries": 50, "num_self_layers": 2},
     "candidate pooled": {"pooling": "candidate", "num_self_layers": 0},
     "projection MLP": {"projection_hidden": 24, "user_token": False, "num_cls_tokens": 1},
+    "post norm": {"norm": "post"},
+    "hybrid norm, starred": {"norm": "hybrid_star", "num_self_layers": 2},
 }
 
 

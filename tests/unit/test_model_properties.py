@@ -21,7 +21,9 @@ CONFIGS = {"longer": FULL, "merge 4": {**FULL, "merge_size": 4}, "plain": {"widt
            "uniform": {**FULL, "sampling": "uniform"},
            "recent and uniform": {"width": 8, "merge_size": 1, "sampling": "recent_uniform", "num_queries": 4},
            "learnable": {**FULL, "sampling": "learnable", "pooling": "candidate"},
-           "all": {"width": 8, "sampling": "all"}}
+           "all": {"width": 8, "sampling": "all"}, "post": {**FULL, "norm": "post"},
+           "hybrid": {**FULL, "norm": "hybrid", "sampling": "recent_uniform"},
+           "hybrid_star": {**FULL, "merge_size": 4, "norm": "hybrid_star", "num_self_layers": 2}}
 
 
 def build(settings: dict[str, object], dtype: torch.dtype = torch.float32) -> LongerTower:

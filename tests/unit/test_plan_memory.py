@@ -22,6 +22,9 @@ CONFIGS = {
     "candidate pooled": {"pooling": "candidate", "num_cls_tokens": 1},
     "cls tokens, no user token": {"num_cls_tokens": 2, "user_token": False, "head": {"hidden": [16], "id_scale": 0}},
     "projection MLP": {"projection_hidden": 24},
+    "post norm": {"norm": "post", "num_self_layers": 2},
+    "hybrid norm": {"norm": "hybrid", "pooling": "globals+mean"},
+    "hybrid norm, starred": {"norm": "hybrid_star", "merge_size": 4, "num_self_layers": 3},
 }
 
 
