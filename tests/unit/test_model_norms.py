@@ -117,7 +117,7 @@ def test_empty_histories_and_padded_groups_have_gradients_like_whole_ones(place:
     merge_size = 8
 
     def largest(lengths: list[int]) -> float:
-        tower = build(place, merge_size=merge_size, matcher_gamma=gamma)
+        tower = build(place, merge_size=merge_size, matcher_gamma=gamma, num_queries=10)
         user, candidates = make_user(lengths, dtype=torch.float32), make_candidates([2], dtype=torch.float32)
         logits = tower.score(tower.encode(user), candidates)
         grads = torch.autograd.grad(logits.sum(), [*leaves(user, candidates), *tower.parameters()], allow_unused=True)
