@@ -22,7 +22,7 @@ CONFIGS = {"longer": FULL, "merge 4": {**FULL, "merge_size": 4}, "plain": {"widt
            "recent and uniform": {"width": 8, "merge_size": 1, "sampling": "recent_uniform", "num_queries": 4},
            "learnable": {**FULL, "sampling": "learnable", "pooling": "candidate"},
            "all": {"width": 8, "sampling": "all"}, "post": {**FULL, "norm": "post"},
-           "hybrid": {**FULL, "norm": "hybrid", "sampling": "recent_uniform"},
+           "hybrid": {**FULL, "norm": "hybrid", "sampling": "uniform"},
            "hybrid_star": {**FULL, "merge_size": 4, "norm": "hybrid_star", "num_self_layers": 2}}
 
 
