@@ -4,14 +4,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pydantic
 import torch.utils.data
 
 from longer_rec.batch import RequestBatch, validate_batch
 from longer_rec.config import Config
-from longer_rec.data.batches import make_batch
+from longer_rec.data.batches import make_batch, request_costs
 from longer_rec.data.history import Dataset
-from longer_rec.data.order import sample_positions, sample_rows
+from longer_rec.data.order import I64, deal_evenly, sample_positions, sample_rows
 from longer_rec.data.transport import PackedBatches, pack_batches, unpack_batches
 from longer_rec.errors import ConfigError, LongerRecError, RankLost
 from longer_rec.runtime.preemption import leave_stopping_to_parent
@@ -24,6 +25,8 @@ class DataConfig(Config):
     max_events: int = pydantic.Field(1000, ge=1, description="newest events of a history that a model sees")
     batch_requests: int = pydantic.Field(32, ge=1, description="per logical worker")
     eval_batch_requests: int = pydantic.Field(64, ge=1)
+    balance: bool = pydantic.Field(True, description="deal the requests of a step so that all workers have equal work")
+    candidate_cost: int = pydantic.Field(10, ge=0, description="work of a candidate, in events, for balance")
     fresh_negatives: bool = pydantic.Field(True, description="other negatives each epoch")
     loader_processes: int = pydantic.Field(1, ge=0, description="per rank; 0 makes batches in the trainer itself")
     prefetch_batches: int = pydantic.Field(4, ge=1, description="steps made ahead")
@@ -50,15 +53,23 @@ class TrainLoader:
 
     def make_step(self, step: int) -> list[RequestBatch]:
         """The validated batches of a step, in this process."""
-        return [self._make_worker(step, worker) for worker in self._workers]
-
-    def _make_worker(self, step: int, worker: int) -> RequestBatch:
-        train = self._dataset.split_rows("train")
-        position = sample_positions(step, worker, self._num_workers, self._config.batch_requests)
+        train, config = self._dataset.split_rows("train"), self._config
+        position = sample_positions(step, self._num_workers * config.batch_requests)
         row, epoch = sample_rows(position, len(train), self._seed)
         # With one set of negatives for all epochs it is epoch 0's, not the evaluation's.
-        batch = make_batch(self._dataset, row + train.start, max_events=self._config.max_events,
-                           epoch=epoch if self._config.fresh_negatives else 0)
+        return [self._make_worker(row[dealt] + train.start, epoch[dealt] if config.fresh_negatives else 0)
+                for dealt in self._deal(row + train.start)[self._workers.start:self._workers.stop]]
+
+    def _deal(self, row: I64) -> Sequence[I64]:
+        """Which of a step's requests each of all the workers gets."""
+        config = self._config
+        if not config.balance or self._num_workers == 1:
+            return np.split(np.arange(len(row)), self._num_workers)
+        cost = request_costs(self._dataset, row, max_events=config.max_events, candidate_cost=config.candidate_cost)
+        return deal_evenly(cost, self._num_workers)
+
+    def _make_worker(self, row: I64, epoch: I64 | int) -> RequestBatch:
+        batch = make_batch(self._dataset, row, max_events=self._config.max_events, epoch=epoch)
         validate_batch(batch, self._dataset.schema)
         return batch
 

@@ -72,7 +72,7 @@ class Workload:
 def sample_workload(dataset: Dataset, batch_requests: int, seed: int, batches: range) -> Workload:
     """Batches of the job's sample stream, counted over all workers; reads lengths alone."""
     train = dataset.split_rows("train")
-    row = np.concatenate([sample_rows(sample_positions(step, 0, 1, batch_requests), len(train), seed)[0]
+    row = np.concatenate([sample_rows(sample_positions(step, batch_requests), len(train), seed)[0]
                           for step in batches]) + train.start
     user = dataset.requests.take("user", row)
     length = dataset.requests.take("event_end", row).astype(np.int64) - dataset.user_start.take("start", user)

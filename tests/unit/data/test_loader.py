@@ -81,9 +81,22 @@ def test_loading_leaves_the_random_state_alone(dataset: Dataset) -> None:
 
 def test_an_epoch_sees_each_request_once(dataset: Dataset) -> None:
     total = dataset.num_requests("train")
-    steps = train(dataset, range(4), steps=total // 28 + 1)
+    steps = train(dataset, range(4), steps=total // 28 + 1, balance=False)
     rows = torch.cat([batch.request_row_B for step in steps for batch in step])
     assert np.array_equal(np.sort(rows[:total].numpy()), np.asarray(dataset.split_rows("train")))
+
+
+def test_balance_deals_the_requests_of_a_step_by_their_work(dataset: Dataset) -> None:
+    spread: list[float] = []
+    for settings in ({"balance": False}, {"candidate_cost": 3}):
+        steps = train(dataset, range(4), **settings)
+        work = np.array([[batch.num_events + 3 * batch.num_candidates for batch in step] for step in steps])
+        spread.append(float((work.max(1) / work.mean(1)).mean()))
+    assert spread[1] < 1.03 < 1.06 < spread[0]
+    for first, second in zip(train(dataset, range(4), balance=False), steps, strict=True):
+        rows = [sorted(torch.cat([batch.request_row_B for batch in step]).tolist()) for step in (first, second)]
+        assert rows[0] == rows[1]
+        assert [batch.num_requests for batch in second] == [7] * 4
 
 
 def test_the_second_epoch_has_fresh_negatives_only_if_asked(dataset: Dataset) -> None:
@@ -184,7 +197,8 @@ def test_the_trainer_can_read_how_long_it_waited(dataset: Dataset) -> None:
 
 def test_the_epoch_stays_whole_when_batches_cross_its_end(tmp_path: Path) -> None:
     small = prepared(tmp_path, random_log(60, num_users=2))
-    rows = torch.cat([batch.request_row_B for step in train(small, range(4), steps=9) for batch in step]).numpy()
+    steps = train(small, range(4), steps=9, balance=False)
+    rows = torch.cat([batch.request_row_B for step in steps for batch in step]).numpy()
     total = small.num_requests("train")
     assert total % 7 != 0
     epochs = rows[:len(rows) // total * total].reshape(-1, total)

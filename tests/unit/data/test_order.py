@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longer_rec.data.order import hash_u64, permute, sample_positions, sample_rows
+from longer_rec.data.order import deal_evenly, hash_u64, permute, sample_positions, sample_rows
 
 
 @pytest.mark.parametrize("size", [*range(1, 70), 100, 127, 128, 129, 1000, 4096, 4097, 65_537, 100_003])
@@ -27,11 +27,10 @@ def test_one_position_is_permuted_as_among_all() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(num_requests=st.integers(1, 50), num_workers=st.integers(1, 5), batch=st.integers(1, 7), seed=st.integers(0, 99))
-def test_each_request_comes_once_an_epoch(num_requests: int, num_workers: int, batch: int, seed: int) -> None:
-    steps = 3 * num_requests // (num_workers * batch) + 1
-    positions = np.concatenate([sample_positions(step, worker, num_workers, batch)
-                                for step in range(steps) for worker in range(num_workers)])
+@given(num_requests=st.integers(1, 50), step_requests=st.integers(1, 35), seed=st.integers(0, 99))
+def test_each_request_comes_once_an_epoch(num_requests: int, step_requests: int, seed: int) -> None:
+    steps = 3 * num_requests // step_requests + 1
+    positions = np.concatenate([sample_positions(step, step_requests) for step in range(steps)])
     row, epoch = sample_rows(positions, num_requests, seed)
     assert np.array_equal(positions, np.arange(len(positions)))
     whole = len(positions) // num_requests
@@ -56,3 +55,15 @@ def test_hash_spreads_evenly() -> None:
     counts = np.bincount((hash_u64(0, np.arange(100_000)) % np.uint64(100)).astype(int), minlength=100)
     assert counts.min() > 850
     assert counts.max() < 1150
+
+
+@settings(max_examples=60, deadline=None)
+@given(num_workers=st.integers(1, 9), share=st.integers(1, 8), seed=st.integers(0, 99))
+def test_work_is_dealt_whole_in_equal_numbers_and_evenly(num_workers: int, share: int, seed: int) -> None:
+    cost = np.random.default_rng(seed).integers(0, 1000, num_workers * share)
+    dealt = deal_evenly(cost, num_workers)
+    assert [len(indices) for indices in dealt] == [share] * num_workers
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(len(cost)))
+    assert all((np.diff(indices) > 0).all() for indices in dealt)
+    loads = [int(cost[indices].sum()) for indices in dealt]
+    assert max(loads) - min(loads) <= cost.max()
