@@ -65,13 +65,13 @@ class CausalLayer(nn.Module):
     def score(self, token_CGX: Tensor, cache: LayerCache, num_candidates_B: Tensor) -> Tensor:
         """Candidates' tokens, each attending to its request's cached keys and to its own tokens."""
         C, G, X = token_CGX.shape
-        query_CGHE, key_CGHE, value_CGHE = self._own(self.attention_norm(token_CGX))
+        query_CGHE, key_CGHE, value_CGHE = self.own_heads(self.attention_norm(token_CGX))
         plan = plan_attention(num_candidates_B * G, cache.length_B, self.num_heads, causal=False)
         shared, log_sum = attend(query_CGHE.flatten(0, 1), cache.key_SHE, cache.value_SHE, plan)
         mixed_CGHE = merge_own(shared, log_sum, query_CGHE, key_CGHE, value_CGHE)
         return self._finish(token_CGX, mixed_CGHE.reshape(C, G, X))
 
-    def _own(self, normed_CGX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def own_heads(self, normed_CGX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and gated values of the candidates' tokens, each C x G x H x E."""
         weight = self.qkv.weight
         if not self.norms.heads:  # the gate in the weights, which costs no pass over the candidates

@@ -63,10 +63,13 @@ def logloss(label_C: ArrayLike, logit_C: ArrayLike) -> float:
     An infinite logit on the right side costs 0, on the wrong side infinity.
     """
     label, logit = _check(label_C, logit_C)
-    if not len(label):
-        return float("nan")
-    against = np.where(label > 0, -logit, logit)
-    return float(np.mean(np.maximum(against, 0.0) + np.log1p(np.exp(-np.abs(against)))))
+    return float(np.mean(cross_entropy(label, logit))) if len(label) else float("nan")
+
+
+def cross_entropy(label_C: Floats, logit_C: Floats) -> Floats:
+    """Each candidate's own part of the LogLoss."""
+    against = np.where(label_C > 0, -logit_C, logit_C)
+    return np.maximum(against, 0.0) + np.log1p(np.exp(-np.abs(against)))
 
 
 def normalised_entropy(label_C: ArrayLike, logit_C: ArrayLike) -> float:
@@ -83,7 +86,7 @@ def calibration(label_C: ArrayLike, logit_C: ArrayLike) -> float:
     label, logit = _check(label_C, logit_C)
     if not label.any():
         return float("nan")
-    return float(_sigmoid(logit).mean() / label.mean())
+    return float(sigmoid(logit).mean() / label.mean())
 
 
 def evaluate_scores(label_C: ArrayLike, logit_C: ArrayLike, user_C: ArrayLike) -> dict[str, float]:
@@ -117,7 +120,8 @@ def _mid_ranks(score_C: Floats, group_C: Ints) -> Floats:
     return ((first + last) / 2.0 + 1.0)[tie]
 
 
-def _sigmoid(logit_C: Floats) -> Floats:
+def sigmoid(logit_C: Floats) -> Floats:
+    """Probability of each logit, infinite ones included."""
     small = np.exp(-np.abs(logit_C))
     return np.where(logit_C >= 0, 1.0, small) / (1.0 + small)
 

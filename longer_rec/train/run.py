@@ -20,6 +20,8 @@ from longer_rec.runtime.logging import quiet_libraries
 from longer_rec.runtime.memory import keep_freed_memory
 from longer_rec.runtime.preemption import StopSignal
 from longer_rec.sparse.planfile import save_plan
+from longer_rec.train.analysis import analyse_scores
+from longer_rec.train.evaluate import metrics_of
 from longer_rec.train.log import RunLog, rewind_logs
 from longer_rec.train.parallelize import check_job, parallelize
 from longer_rec.train.replay import replay_step
@@ -64,7 +66,7 @@ def _train_one(job: Job, dataset: Dataset, world: World, stop: StopSignal, show_
             print(f"{job.name}: continues from step {trainer.step:,} of {trainer.num_steps:,}", flush=True)
     with RunLog(job.run_dir, trainer.step) if world.is_main else nullcontext() as log:
         trainer.fit(checkpoints, log)
-        metrics = trainer.evaluate("test")
+        metrics = _test(trainer)
         if log is not None:
             log.write("test", trainer.step, {**metrics, "elapsed_s": trainer.elapsed_s})
     return {"name": job.name, "max_events": job.data.max_events, **metrics, "steps": trainer.step,
@@ -72,13 +74,33 @@ def _train_one(job: Job, dataset: Dataset, world: World, stop: StopSignal, show_
 
 
 def evaluate_run(run_dir: Path, split: str) -> Row:
-    """Metrics of a finished or interrupted run's newest checkpoint, on any number of ranks."""
+    """Metrics of a finished or interrupted run's newest checkpoint, on any number of ranks.
+
+    Of the test split it writes ``analysis.json`` again.
+    """
     prepare_process()
     job = _only_read(load_job(run_dir))
     with joined_world(job.train.timeout_s) as world:
         dataset = _open_data(job, world, [split])
         trainer = load_run(job, dataset, world)
-        return {"name": job.name, "step": trainer.step, "split": split, **trainer.evaluate(split)}
+        metrics = _test(trainer) if split == "test" else trainer.evaluate(split)
+        return {"name": job.name, "step": trainer.step, "split": split, **metrics}
+
+
+def _test(trainer: Trainer) -> dict[str, float]:
+    """Metrics of the test split; what else its scores and the attention say goes to ``analysis.json``."""
+    scores, attention = trainer.gather_scores("test"), trainer.profile_attention("test")
+
+    def analyse() -> dict[str, float]:
+        assert scores is not None
+        metrics = metrics_of(scores, trainer.dataset)
+        content = {"step": trainer.step, "max_events": trainer.job.data.max_events,
+                   **analyse_scores(scores, trainer.dataset), "attention": attention}
+        with writing(trainer.job.run_dir):
+            write_atomically(trainer.job.run_dir / "analysis.json", json.dumps(content, allow_nan=False))
+        return metrics
+
+    return on_main(trainer.world, analyse)
 
 
 def replay_run(run_dir: Path) -> list[str]:

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,13 +28,13 @@ from longer_rec.errors import CheckpointError, DataError, LongerRecError, Preemp
 from longer_rec.job import Job
 from longer_rec.report.terminal import TrainProgress
 from longer_rec.runtime.determinism import derive_seed
-from longer_rec.runtime.distributed import World
+from longer_rec.runtime.distributed import World, on_main
 from longer_rec.runtime.machine import numerics
 from longer_rec.runtime.preemption import StopSignal
 from longer_rec.runtime.profiling import StepClock
 from longer_rec.sparse.optimizers import warmup_cosine
 from longer_rec.train.digests import state_digests
-from longer_rec.train.evaluate import evaluate
+from longer_rec.train.evaluate import Scores, gather_scores, metrics_of, profile_attention
 from longer_rec.train.log import RunLog
 from longer_rec.train.parallelize import ParallelRanker
 from longer_rec.train.precision import precision_context
@@ -267,9 +268,19 @@ class Trainer:
             progress.update(self.step, {f"validation_{name}": value for name, value in metrics.items()})
 
     def evaluate(self, split: str, max_requests: int | None = None) -> dict[str, float]:
-        """Metrics of a split with the current weights; a collective call.
+        """Metrics of a split with the current weights; a collective call."""
+        scores = self.gather_scores(split, max_requests)
+        return on_main(self.world, lambda: metrics_of(scores, self.dataset))
+
+    def gather_scores(self, split: str, max_requests: int | None = None) -> Scores | None:
+        """Scores of a split, on rank 0; a collective call.
 
         Of a whole split it ends with ``Preempted`` when a signal comes: nothing would be lost.
         """
-        return evaluate(self.parallel.ranker, self.dataset, split, self.job.data, self.world,
-                        self.job.train.precision, max_requests, self.stop if max_requests is None else None)
+        return gather_scores(self.parallel.ranker, self.dataset, split, self.job.data, self.world,
+                             self.job.train.precision, max_requests, self.stop if max_requests is None else None)
+
+    def profile_attention(self, split: str) -> dict[str, Any] | None:
+        """Where candidates look, on rank 0; a collective call."""
+        return profile_attention(self.parallel.ranker, self.dataset, split, self.job.data, self.world,
+                                 self.job.train.precision)
