@@ -221,11 +221,20 @@ def _check_ranks(data: Path | None) -> "list[Check]":
 
 
 @app.command()
-def report(run_dir: Path) -> None:
-    """Write report.html of a run again."""
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories")],
+    out: Annotated[Path | None, typer.Option(help="page of several runs; comparison.html beside the first one")] = None,
+) -> None:
+    """Write report.html of a run again, or one page that compares several."""
+    from longer_rec.report.compare import write_comparison
     from longer_rec.report.html import write_report
 
-    typer.echo(write_report(run_dir))
+    if len(run_dirs) > 1:
+        typer.echo(write_comparison(run_dirs, out))
+    elif out is not None:
+        raise ConfigError(f"--out={out} is for several runs; the report of one is {run_dirs[0] / 'report.html'}")
+    else:
+        typer.echo(write_report(run_dirs[0]))
 
 
 def main() -> None:

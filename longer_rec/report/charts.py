@@ -11,12 +11,13 @@ from typing import Any, Final
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from longer_rec.report.numbers import format_bytes, format_count
+from longer_rec.report.numbers import format_bytes, format_clock, format_count
 
 INK: Final = "#000001"
 MUTED: Final = "#000002"
@@ -27,6 +28,8 @@ _CSS: Final = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--card",
                **{colour: f"--c{number}" for number, colour in enumerate(SERIES, start=1)}}
 
 Floats = NDArray[np.float64]
+Estimate = tuple[float | None, float | None, float | None]  # value, low, high; None where there is none
+Points = Sequence[tuple[float, float]]
 
 # A line of an SVG costs about 20 bytes a point, and a screen shows no more of them.
 _MOST_POINTS: Final = 600
@@ -42,7 +45,7 @@ _STYLE: Final[Any] = {
 }
 
 
-def draw(name: str, height: float, paint: Callable[[Axes], None]) -> str:
+def draw(name: str, height: float, paint: Callable[[Axes], None]) -> Markup:
     """SVG text of one figure; ``name`` keeps its ids apart from those of other figures on the page."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
@@ -59,27 +62,89 @@ def draw(name: str, height: float, paint: Callable[[Axes], None]) -> str:
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
     for colour, variable in _CSS.items():
         svg = svg.replace(colour, f"var({variable})")
-    return svg
+    return Markup(svg)  # noqa: S704 - our own
 
 
-def curve(name: str, train: Sequence[tuple[float, float]], evaluated: Sequence[tuple[float, float]],
-          levels: Sequence[float]) -> str:
+def curve(name: str, train: Points, evaluated: Points, levels: Sequence[float]) -> Markup:
     """A quantity over steps: training points with their moving mean, evaluations as dots, results as level lines.
 
     Series take colours 1, 2 and, for the levels, 3 and on; the page puts the legend where it has room.
     """
     def paint(axes: Axes) -> None:
         if train:
-            step, value = np.array(train, dtype=np.float64).T
-            _line_with_mean(axes, step, value, SERIES[0])
+            _line_with_mean(axes, train, color=SERIES[0])
         if evaluated:
             axes.plot(*np.array(evaluated, dtype=np.float64).T, color=SERIES[1], marker="o", markersize=4)
         for number, level in enumerate(levels):
             axes.axhline(level, color=SERIES[level_colour(number) - 1], linestyle=(0, (4, 3)), linewidth=1.3)
-        _steps_axis(axes)
+        _count_axis(axes, "step")
         _focus(axes, [value for _, value in train])
 
     return draw(name, 2.7, paint)
+
+
+def overlay(name: str, runs: Sequence[Points], x_title: str, smooth: bool) -> Markup:
+    """A quantity of several runs, each in its ``run_style``; ``smooth`` draws the moving mean over pale points."""
+    def paint(axes: Axes) -> None:
+        for number, points in enumerate(runs):
+            if points and smooth:
+                _line_with_mean(axes, points, **_run_line(number))
+            elif points:
+                axes.plot(*np.array(points, dtype=np.float64).T, marker="o", markersize=4, **_run_line(number))
+        _count_axis(axes, x_title)
+        if smooth:
+            _focus(axes, [value for points in runs for _, value in points])
+
+    return draw(name, 2.7, paint)
+
+
+def run_style(number: int) -> tuple[int, str]:
+    """Number of the CSS colour, from 1, and kind of line of a run: without colours the kind still tells three apart."""
+    return 1 + number % len(SERIES), ("line", "dash", "dots")[number % 3]
+
+
+def intervals(name: str, places: Sequence[str], runs: Sequence[Sequence[Estimate | None]], x_title: str) -> Markup:
+    """Values with their intervals, run beside run at each place."""
+    def paint(axes: Axes) -> None:
+        for number, row in enumerate(runs):
+            shift = 0.6 * ((number + 0.5) / len(runs) - 0.5)
+            known = [(place + shift, *entry) for place, entry in enumerate(row) if entry and None not in entry]
+            _bars(axes, known, number)
+        shown = _thin(len(places), 16)
+        axes.set_xticks(shown, [places[index] for index in shown])
+        axes.set_xlim(-0.5, len(places) - 0.5)
+        axes.set_xlabel(x_title)
+
+    return draw(name, 2.7, paint)
+
+
+def reliability(name: str, runs: Sequence[Sequence[tuple[float, Estimate]]]) -> Markup:
+    """Observed rates with intervals over mean predictions; on the dashed diagonal a prediction is kept."""
+    def paint(axes: Axes) -> None:
+        top = max(max(predicted, observed[2] or 0.0) for bins in runs for predicted, observed in bins)
+        axes.plot([0, top], [0, top], color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
+        for number, bins in enumerate(runs):
+            _bars(axes, [(predicted, *observed) for predicted, observed in bins if None not in observed], number)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("observed")
+
+    return draw(name, 3.4, paint)
+
+
+def shares(name: str, places: Sequence[str], even: Sequence[float], heads: Sequence[Sequence[float]], x_title: str
+           ) -> Markup:
+    """Grey bars: shares of the tokens; lines: shares of the attention, pale of each head, strong of their mean."""
+    def paint(axes: Axes) -> None:
+        at = np.arange(len(places))
+        axes.bar(at, even, width=0.86, color=GRID)
+        for head in heads:
+            axes.plot(at, head, color=SERIES[0], alpha=0.35, linewidth=1)
+        axes.plot(at, np.mean(heads, axis=0), color=SERIES[0], marker="o", markersize=4)
+        axes.set_xticks(at, list(places), rotation=45 if max(map(len, places)) > 3 else 0)
+        axes.set_xlabel(x_title)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.0%}"))
+
+    return draw(name, 2.6, paint)
 
 
 def level_colour(number: int) -> int:
@@ -87,20 +152,19 @@ def level_colour(number: int) -> int:
     return 3 + number % (len(SERIES) - 2)
 
 
-def throughput(points: Sequence[tuple[float, float]], unit: str) -> str:
+def throughput(points: Points, unit: str) -> Markup:
     """A rate over steps, from zero up."""
     def paint(axes: Axes) -> None:
-        step, rate = np.array(points, dtype=np.float64).T
-        _line_with_mean(axes, step, rate, SERIES[2])
-        axes.set_ylim(bottom=0, top=rate.max() * 1.1 or 1.0)
+        _line_with_mean(axes, points, color=SERIES[2])
+        axes.set_ylim(bottom=0, top=max(rate for _, rate in points) * 1.1 or 1.0)
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_ylabel(unit)
-        _steps_axis(axes)
+        _count_axis(axes, "step")
 
     return draw("throughput", 2.3, paint)
 
 
-def histogram(edges: Sequence[float], counts: Sequence[float], max_events: int | None) -> str:
+def histogram(edges: Sequence[float], counts: Sequence[float], max_events: int | None) -> Markup:
     """Counts between edges, one bar of equal width each: edges grow geometrically.
 
     ``max_events`` is marked where it falls: histories right of the mark are cut to their newest events.
@@ -109,7 +173,7 @@ def histogram(edges: Sequence[float], counts: Sequence[float], max_events: int |
         place = np.arange(len(counts))
         axes.bar(place + 0.5, counts, width=0.86, color=SERIES[0])
         shown = _thin(len(edges), 16)
-        axes.set_xticks(shown, [_short(edges[index]) for index in shown])
+        axes.set_xticks(shown, [short_count(edges[index]) for index in shown])
         axes.set_xlabel("events before the request")
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         if max_events is not None and edges[0] < max_events < edges[-1]:
@@ -121,7 +185,7 @@ def histogram(edges: Sequence[float], counts: Sequence[float], max_events: int |
     return draw("histogram", 2.6, paint)
 
 
-def rank_bytes(held: Sequence[Sequence[float]], limit: float | None = None, name: str = "plan") -> str:
+def rank_bytes(held: Sequence[Sequence[float]], limit: float | None = None, name: str = "plan") -> Markup:
     """One bar a rank, stacked from ``held[part][rank]``; parts beyond the palette share its last colour.
 
     ``limit``, what a rank may hold, is marked where the bars come near it.
@@ -151,7 +215,7 @@ def rank_bytes(held: Sequence[Sequence[float]], limit: float | None = None, name
 
 
 def what_if(name: str, values: Sequence[str], series: Mapping[str, Sequence[float]], unit: str,
-            limit: Sequence[float] | None = None) -> str:
+            limit: Sequence[float] | None = None) -> Markup:
     """A quantity at each value of a setting, a line for each series; NaN, marked at the foot, where nothing fits.
 
     ``limit`` is drawn dashed: what there is, value by value.
@@ -188,16 +252,31 @@ def moving_mean(values: Floats) -> Floats:
     return smoothed
 
 
-def _line_with_mean(axes: Axes, step: Floats, value: Floats, colour: str) -> None:
-    kept = _thin(len(step), _MOST_POINTS)
-    axes.plot(step[kept], value[kept], color=colour, alpha=0.25, linewidth=1)
-    axes.plot(step[kept], moving_mean(value)[kept], color=colour)
+def _line_with_mean(axes: Axes, points: Points, **style: Any) -> None:
+    at, value = np.array(points, dtype=np.float64).T
+    kept = _thin(len(at), _MOST_POINTS)
+    axes.plot(at[kept], value[kept], color=style["color"], alpha=0.25, linewidth=1)
+    axes.plot(at[kept], moving_mean(value)[kept], **style)
 
 
-def _steps_axis(axes: Axes) -> None:
+def _run_line(number: int) -> dict[str, Any]:
+    colour, kind = run_style(number)
+    return {"color": SERIES[colour - 1], "linestyle": {"line": "-", "dash": (0, (4, 2)), "dots": (0, (1, 1.6))}[kind]}
+
+
+def _bars(axes: Axes, entries: Sequence[tuple[Any, ...]], number: int) -> None:
+    """(x, value, low, high) of one run: dots joined by its line, and thin intervals."""
+    if entries:
+        at, value, low, high = np.array(entries, dtype=np.float64).T
+        axes.plot(at, value, marker="o", markersize=4, **{**_run_line(number), "linewidth": 1.3})
+        axes.vlines(at, low, high, color=_run_line(number)["color"], linewidth=1)
+
+
+def _count_axis(axes: Axes, title: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: format_count(step)))
-    axes.set_xlabel("step")
+    as_text = format_clock if title.endswith("time") else format_count
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: as_text(count)))
+    axes.set_xlabel(title)
     axes.margins(x=0.02)
     axes.set_xlim(left=0)
 
@@ -209,7 +288,7 @@ def _focus(axes: Axes, values: Sequence[float]) -> None:
         axes.set_ylim(low, min(high, float(np.quantile(values, 0.99)) * 1.05))
 
 
-def _short(count: float) -> str:
+def short_count(count: float) -> str:
     """Powers of two the way they are spoken: 512, 1k, 4k."""
     return f"{count / 1024:g}k" if count >= 1024 and count % 1024 == 0 else format_count(count)
 

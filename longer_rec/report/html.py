@@ -25,6 +25,7 @@ from longer_rec.report.numbers import (
     format_ranks,
     is_number,
 )
+from longer_rec.report.quality import attention, quality
 from longer_rec.report.run_files import Line, RunFiles, read_run_files
 from longer_rec.report.terminal import best_value
 
@@ -43,7 +44,9 @@ def write_report(run_dir: Path) -> Path:
     """
     files = read_run_files(run_dir)
     path = run_dir / "report.html"
-    write_page(path, "report.html.j2", head=headline(files), results=results(files), curves=curves(files),
+    analyses = [(each.name, each.analysis) for each in (files, *_baselines(files)) if each.analysis]
+    write_page(path, "report.html.j2", head=headline(files), results=results_table(files.results), curves=curves(files),
+               quality=quality(analyses), attention=attention(files.analysis), directory=run_dir,
                speed=speed(files), data=data(files), plan=plan(files), machine=environment(files),
                config=highlight_yaml(files.config_text) if files.config_text else None)
     return path
@@ -71,7 +74,7 @@ def headline(files: RunFiles) -> Section:
     if train:
         tiles.append(("training time", format_duration(train[-1].get("elapsed_s", 0.0))))
         tiles.append(("steps", format_count(train[-1]["step"])))
-    if _points(train, "requests_per_s"):
+    if points(train, "requests_per_s"):
         tiles.append(("requests/s", format_count(round(_mean(train, "requests_per_s")))))
     run, version = files.run, files.run.get("versions", {}).get("longer_rec")
     ranks = files.plan.get("world_size")
@@ -81,13 +84,11 @@ def headline(files: RunFiles) -> Section:
         f"longer_rec {version}" if version else "",
         f"commit {run['git_commit'][:10]}" if run.get("git_commit") else "",
     ]
-    return {"name": files.config.get("name") or files.directory.resolve().name, "tiles": tiles,
-            "origin": " · ".join(part for part in origin if part)}
+    return {"name": files.name, "tiles": tiles, "origin": " · ".join(part for part in origin if part)}
 
 
-def results(files: RunFiles) -> Section | None:
-    """Each model's metrics as text, the best of a column marked; None before the run has ended."""
-    rows = files.results
+def results_table(rows: Sequence[Mapping[str, Any]], own: bool = True) -> Section | None:
+    """Each model's metrics as text, the best of a column marked, the first one's row too; None without a row."""
     if not rows:
         return None
     metrics = [name for name in RESULT_METRICS if any(is_number(row.get(name)) for row in rows)]
@@ -101,7 +102,7 @@ def results(files: RunFiles) -> Section | None:
                   "time": format_duration(row["train_s"]) if row.get("train_s") else "",
                   "cells": [(format_metric(name, row.get(name)), best[name] is not None and row.get(name) == best[name])
                             for name in metrics]} for row in rows],
-        "timed": any(row.get("train_s") for row in rows),
+        "own": own, "timed": any(row.get("train_s") for row in rows),
         "about": ", ".join(counts) + ("; the best of each column in bold" if len(rows) > 1 else ""),
     }
 
@@ -111,8 +112,8 @@ def curves(files: RunFiles) -> list[Section]:
     train, validation = files.split("train"), files.split("validation")
     drawn = []
     for name, caption, trained, evaluated in (
-        ("loss", "Loss over steps, in nats a candidate", _points(train, "loss"), _points(validation, "logloss")),
-        ("auc", "AUC over steps", [], _points(validation, "auc")),
+        ("loss", "Loss over steps, in nats a candidate", points(train, "loss"), points(validation, "logloss")),
+        ("auc", "AUC over steps", [], points(validation, "auc")),
     ):
         if not trained and not evaluated:
             continue
@@ -122,14 +123,14 @@ def curves(files: RunFiles) -> list[Section]:
         legend += [(charts.level_colour(number), "dash", f"test: {model} {format_metric(metric, level)}")
                    for number, (model, level) in enumerate(levels)]
         chart = charts.curve(name, trained, evaluated, [level for _, level in levels])
-        drawn.append({"caption": caption, "legend": legend, "chart": Markup(chart)})  # noqa: S704 - our own SVG
+        drawn.append({"caption": caption, "legend": legend, "chart": chart})
     return drawn
 
 
 def speed(files: RunFiles) -> Section | None:
     """Throughput over steps and the mean split of a step's time; None when no step was logged."""
     train = files.split("train")
-    rates = _points(train, "requests_per_s")
+    rates = points(train, "requests_per_s")
     if not rates:
         return None
     durations = _durations(files.lines)
@@ -137,9 +138,9 @@ def speed(files: RunFiles) -> Section | None:
     seconds["other"] = max(0.0, sum(durations) - sum(seconds.values()))
     total, num_steps = sum(seconds.values()), train[-1]["step"]
     return {
-        "chart": Markup(charts.throughput(rates, "requests/s")),  # noqa: S704
+        "chart": charts.throughput(rates, "requests/s"),
         "means": [(unit, format_count(_mean(train, f"{unit}_per_s")))
-                  for unit in ("requests", "candidates", "events") if _points(train, f"{unit}_per_s")],
+                  for unit in ("requests", "candidates", "events") if points(train, f"{unit}_per_s")],
         "step_ms": f"{1000 * total / num_steps:.1f}" if total else None,
         "parts": [{"name": name, "share": value / total, "ms": f"{1000 * value / num_steps:.1f}"}
                   for name, value in seconds.items() if value >= 0.0005 * total] if total else [],
@@ -187,7 +188,7 @@ def plan(files: RunFiles) -> Section | None:
                   "weights": format_bytes(table["weight_bytes"]), "optimizer": format_bytes(table["optimizer_bytes"])}
                  for number, table in enumerate(tables)],
         "total": format_bytes(sum(map(sum, held))), "num_ranks": num_ranks,
-        "chart": Markup(charts.rank_bytes(held)),  # noqa: S704
+        "chart": charts.rank_bytes(held),
     }
 
 
@@ -234,13 +235,31 @@ def _final_metrics(files: RunFiles) -> tuple[Mapping[str, Any], str]:
     return {}, ""
 
 
-def _points(lines: Iterable[Line], key: str) -> list[tuple[float, float]]:
+def _baselines(files: RunFiles) -> list[RunFiles]:
+    """The runs beside this one, in the order of the results."""
+    found = [files.directory / "baselines" / str(row.get("name")) for row in files.results[1:]]
+    return [read_run_files(directory) for directory in found if directory.is_dir()]
+
+
+def points(lines: Iterable[Line], key: str) -> list[tuple[float, float]]:
     return [(line["step"], line[key]) for line in lines if is_number(line.get(key)) and math.isfinite(line[key])]
 
 
 def _mean(lines: Iterable[Line], key: str) -> float:
-    values = [value for _, value in _points(lines, key)]
+    values = [value for _, value in points(lines, key)]
     return sum(values) / len(values)
+
+
+def train_seconds(files: RunFiles, split: str, key: str) -> list[tuple[float, float]]:
+    """(seconds of training before it, value) of each line of a split: the time of evaluations is left out."""
+    found, passed = [], 0.0
+    durations = iter(_durations(files.lines))
+    for line in files.lines:
+        if line["split"] == "train" and is_number(line.get("elapsed_s")):
+            passed += next(durations)
+        if line["split"] == split and points([line], key):
+            found.append((passed, line[key]))
+    return found
 
 
 def _durations(lines: Sequence[Line]) -> list[float]:
@@ -271,7 +290,7 @@ def _histogram(bins: Sequence[Sequence[int]] | None, config: Mapping[str, Any]) 
     settings = config.get("data")
     max_events = settings.get("max_events") if isinstance(settings, Mapping) else None
     edges = [low for low, _, _ in bins] + [bins[-1][1] + 1]
-    return Markup(charts.histogram(edges, [count for _, _, count in bins], max_events))  # noqa: S704
+    return charts.histogram(edges, [count for _, _, count in bins], max_events)
 
 
 def _table_bytes(table: Mapping[str, Any]) -> int:

@@ -4,13 +4,73 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import pydantic
 import yaml
 
 from longer_rec.errors import DataError
 
 Line = dict[str, Any]
+_Estimate = tuple[float | None, float | None, float | None]
+
+
+class Bucket(pydantic.BaseModel):
+    """Candidates whose history, or user, has ``low`` to ``high`` events, or requests; value, low, high of metrics."""
+
+    low: int
+    high: int
+    candidates: int
+    users: int
+    auc: _Estimate
+    logloss: _Estimate
+
+
+class CalibrationBin(pydantic.BaseModel):
+    candidates: int
+    predicted: float
+    observed: _Estimate
+
+
+class Calibration(pydantic.BaseModel):
+    error: float | None
+    bins: list[CalibrationBin] = pydantic.Field(min_length=1)
+
+
+class LayerProfile(pydantic.BaseModel):
+    """Shares by bucket, then those of the user globals and of the candidate's own tokens; each row adds up to 1."""
+
+    heads: list[list[float]]
+    uniform: list[float]
+
+
+class Profile(pydantic.BaseModel):
+    """Bucket i holds [edges[i - 1], edges[i])."""
+
+    edges: list[float]
+    layers: list[LayerProfile] = pydantic.Field(min_length=1)
+
+    @pydantic.model_validator(mode="after")
+    def _check_rows(self) -> Self:
+        if any(len(row) != len(self.edges) + 3 for layer in self.layers for row in (*layer.heads, layer.uniform)):
+            raise ValueError(f"a row does not hold the {len(self.edges) + 3} shares of its buckets and two more")
+        return self
+
+
+class Attention(pydantic.BaseModel):
+    requests: int
+    candidates: int
+    position: Profile
+    age: Profile
+
+
+class Analysis(pydantic.BaseModel):
+    """What is read of ``analysis.json``."""
+
+    history_length: list[Bucket]
+    user_activity: list[Bucket]
+    calibration: Calibration
+    attention: Attention | None
 
 
 @dataclass(frozen=True)
@@ -27,6 +87,11 @@ class RunFiles:
     plan: dict[str, Any]
     results: list[dict[str, Any]]
     lines: list[Line]
+    analysis: Analysis | None
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name") or self.directory.resolve().name)
 
     def split(self, name: str) -> list[Line]:
         return [line for line in self.lines if line["split"] == name]
@@ -42,8 +107,9 @@ def read_run_files(directory: Path) -> RunFiles:
         plan=_read_mapping(directory / "plan.json", json.loads),
         results=_read_results(directory / "results.json"),
         lines=_read_metrics(directory / "metrics.jsonl"),
+        analysis=_read_analysis(directory),
     )
-    if not any((files.config, files.run, files.plan, files.results, files.lines)):
+    if not any((files.config, files.run, files.plan, files.results, files.lines, files.analysis)):
         raise DataError(f"{directory} holds none of a run's files (config.yaml, run.json, metrics.jsonl, …); "
                         "give the directory that `longer-rec train` wrote")
     return files
@@ -80,6 +146,17 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
     if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
         raise DataError(f"{path} does not hold a list of mappings; restore it or remove it")
     return content
+
+
+def _read_analysis(directory: Path) -> Analysis | None:
+    path = directory / "analysis.json"
+    text = _read_text(path)
+    try:
+        return None if text is None else Analysis.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        fault = error.errors()[0]
+        raise DataError(f"{path} is damaged: {'.'.join(map(str, fault['loc']))} {fault['msg']}; make it again with "
+                        f"`longer-rec eval {directory}`, or remove it") from None
 
 
 def _read_metrics(path: Path) -> list[Line]:
