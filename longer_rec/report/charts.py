@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from longer_rec.report.numbers import format_bytes, format_clock, format_count
@@ -24,6 +24,7 @@ MUTED: Final = "#000002"
 GRID: Final = "#000003"
 PAPER: Final = "#000004"
 SERIES: Final = tuple(f"#0000{number}0" for number in range(1, 9))
+_KINDS: Final = ("line", "dash", "dots", "dash", "line", "dots", "line", "dash")
 _CSS: Final = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--card",
                **{colour: f"--c{number}" for number, colour in enumerate(SERIES, start=1)}}
 
@@ -99,8 +100,8 @@ def overlay(name: str, runs: Sequence[Points], x_title: str, smooth: bool) -> Ma
 
 
 def run_style(number: int) -> tuple[int, str]:
-    """Number of the CSS colour, from 1, and kind of line of a run: without colours the kind still tells three apart."""
-    return 1 + number % len(SERIES), ("line", "dash", "dots")[number % 3]
+    """Number of the CSS colour, from 1, and kind of line of a run: colours that some eyes confuse differ in kind."""
+    return 1 + number, _KINDS[number]
 
 
 def intervals(name: str, places: Sequence[str], runs: Sequence[Sequence[Estimate | None]], x_title: str) -> Markup:
@@ -121,12 +122,17 @@ def intervals(name: str, places: Sequence[str], runs: Sequence[Sequence[Estimate
 def reliability(name: str, runs: Sequence[Sequence[tuple[float, Estimate]]]) -> Markup:
     """Observed rates with intervals over mean predictions; on the dashed diagonal a prediction is kept."""
     def paint(axes: Axes) -> None:
-        top = max(max(predicted, observed[2] or 0.0) for bins in runs for predicted, observed in bins)
-        axes.plot([0, top], [0, top], color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.axline((0.5, 0.5), (1, 1), color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
         for number, bins in enumerate(runs):
             _bars(axes, [(predicted, *observed) for predicted, observed in bins if None not in observed], number)
-        axes.set_xlabel("predicted")
-        axes.set_ylabel("observed")
+        for axis, title in ((axes.xaxis, "predicted"), (axes.yaxis, "observed")):
+            # Rare clicks crowd in the corner of a linear plot.
+            axis.set_label_text(title)
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+            axis.set_minor_locator(NullLocator())
 
     return draw(name, 3.4, paint)
 
@@ -136,7 +142,7 @@ def shares(name: str, places: Sequence[str], even: Sequence[float], heads: Seque
     """Grey bars: shares of the tokens; lines: shares of the attention, pale of each head, strong of their mean."""
     def paint(axes: Axes) -> None:
         at = np.arange(len(places))
-        axes.bar(at, even, width=0.86, color=GRID)
+        axes.bar(at, even, width=0.86, color=MUTED, alpha=0.35)
         for head in heads:
             axes.plot(at, head, color=SERIES[0], alpha=0.35, linewidth=1)
         axes.plot(at, np.mean(heads, axis=0), color=SERIES[0], marker="o", markersize=4)

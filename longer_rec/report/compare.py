@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longer_rec.errors import DataError
+from longer_rec.errors import ConfigError
 from longer_rec.report import charts
 from longer_rec.report.html import Section, points, results_table, train_seconds, write_page
 from longer_rec.report.numbers import MISSING
@@ -15,12 +15,16 @@ from longer_rec.report.run_files import RunFiles, read_run_files
 def write_comparison(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page, beside the first run where ``out`` does not say where, and return its path.
 
-    ``DataError`` for a damaged file, a directory that is no run, and a run that is given twice.
+    ``ConfigError`` for a run that is given twice and for more runs than can be told apart; ``DataError`` for a damaged
+    file and a directory that is no run.
     """
     places = [directory.resolve() for directory in run_dirs]
+    if len(places) > len(charts.SERIES):
+        raise ConfigError(f"{len(places)} runs are more than the {len(charts.SERIES)} lines that can be told apart; "
+                          "compare fewer")
     for place in places:
         if places.count(place) > 1:
-            raise DataError(f"{place} is given more than once; a comparison needs different runs")
+            raise ConfigError(f"{place} is given more than once; a comparison needs different runs")
     runs = [read_run_files(directory) for directory in run_dirs]
     named = dict(zip(_names(runs), runs, strict=True))
     data = {name: str(files.run.get("data", {}).get("fingerprint", ""))[:12] for name, files in named.items()}
@@ -44,7 +48,7 @@ def _names(runs: Sequence[RunFiles]) -> list[str]:
 def _notes(named: Mapping[str, RunFiles], data: Mapping[str, str]) -> list[str]:
     """What a reader must know before comparing: different data, and what is missing with the command that makes it."""
     notes = []
-    if len(set(data.values())) > 1:
+    if len(set(data.values()) - {""}) > 1:
         prepared = ", ".join(f"{name}: {mark or 'unknown'}" for name, mark in data.items())
         notes.append(f"The runs are on different data ({prepared}): their figures cannot be compared as models.")
     for name, files in named.items():

@@ -46,17 +46,17 @@ def attention(analysis: Analysis | None) -> Section | None:
         return None
     found = analysis.attention
     count = len(found.position.layers)
-    shown = {0: "layer 1, cross-causal"} | ({count - 1: f"layer {count}, the last"} if count > 1 else {})
+    shown = {0: "layer 1"} | ({count - 1: f"layer {count}"} if count > 1 else {})
     figures, rows = [], []
     for index, name in shown.items():
         for key, profile, x_title, place in (
                 ("position", found.position, "events older than the newest, from", format_count),
                 ("age", found.age, "age at the request, from", _age)):
-            figures += _profile_figure(f"{key}{index}", f"By {key}: {name}", profile, index, x_title, place)
+            figures += _profile_figure(f"{key}{index}", f"By {key}, {name}", profile, index, x_title, place)
         layer = found.position.layers[index]
         for head, paid in [*((f"head {number}", each) for number, each in enumerate(layer.heads, start=1)),
-                           ("if all keys were alike", layer.uniform)]:
-            rows.append([f"{name}: {head}", *(f"{share:.2%}" for share in (sum(paid[:-2]), paid[-2], paid[-1]))])
+                           ("all keys alike", layer.uniform)]:
+            rows.append([f"{name}, {head}", *(f"{share:.2%}" for share in (sum(paid[:-2]), paid[-2], paid[-1]))])
     return {"about": f"{format_count(found.candidates)} candidates of {found.requests} requests, spread evenly over "
                      "the test split", "figures": figures,
             "table": {"head": [("", False), ("history", True), ("user globals", True), ("own tokens", True)],
@@ -78,7 +78,7 @@ def _profile_figure(name: str, caption: str, profile: Profile, index: int, x_tit
     chart = charts.shares(name, [place(lows[bucket]) for bucket in seen], of_history(layer.uniform),
                           [of_history(head) for head in layer.heads if sum(head[:-2])], x_title)
     return [{"caption": caption, "chart": chart, "legend": [(1, "line", "attention paid to the history"),
-                                                            ("grid", "line", "tokens of the history")]}]
+                                                            ("muted", "line", "tokens of the history")]}]
 
 
 def _bucket_grid(names: Sequence[str], lows: Sequence[int], by_low: Sequence[dict[int, Bucket]], counted: bool

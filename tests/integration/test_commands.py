@@ -22,10 +22,37 @@ def test_eval_repeats_the_metrics_of_the_run_exactly(commands: CommandServer, tr
     assert other.out != outcome.out
 
 
-def test_eval_writes_nothing(commands: CommandServer, trained: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+def test_eval_writes_the_analysis_again_bit_for_bit_and_nothing_else(commands: CommandServer, trained: Path) -> None:
+    analysis = trained / "analysis.json"
+    expected = analysis.read_bytes()
+    analysis.unlink()
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()}
+    assert commands.run("eval", trained, "--split", "validation").code == 0
+    assert not analysis.exists()
     assert commands.run("eval", trained).code == 0
-    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+    assert analysis.read_bytes() == expected
+    analysis.unlink()
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*") if path.is_file()} == before
+
+
+def test_one_report_of_one_run_and_one_page_of_several(commands: CommandServer, trained: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(trained, tmp_path / "other"))
+    (other / "analysis.json").write_text('{"calibration": 1}')
+    page = tmp_path / "page.html"
+    assert commands.run("report", trained).out == f"{trained / 'report.html'}\n"
+    damaged = commands.run("report", trained, other)
+    assert damaged.code == 2
+    assert re.fullmatch(rf"longer-rec: {other}/analysis.json is damaged: .* `longer-rec eval {other}`.*\n", damaged.err)
+    (other / "analysis.json").unlink()
+    outcome = commands.run("report", trained, other, "--out", page)
+    assert (outcome.code, outcome.out, outcome.err) == (0, f"{page}\n", "")
+    assert "Make it with longer-rec eval" in page.read_text()
+    for arguments, words in (((trained, trained), "more than once"), ((trained, "--out", page), "for several runs"),
+                             ((trained, tmp_path / "none"), "holds none of a run's files")):
+        refused = commands.run("report", *arguments)
+        assert refused.code == 2
+        assert words in refused.err
+        assert refused.err.count("\n") == 1
 
 
 def test_inspect_lists_tables_and_the_position(commands: CommandServer, trained: Path) -> None:

@@ -46,6 +46,9 @@ def test_two_logical_workers_on_one_and_on_two_processes_match_bitwise(run: Run,
     one, two = run("one", *overrides, ranks=1), run("two", *overrides, ranks=2)
     assert metric_lines(one) == metric_lines(two)
     assert diff_checkpoints(newest(one), newest(two)).tensors == []
+    analysis = (one / "analysis.json").read_text()
+    assert json.loads(analysis)["attention"]["requests"] > 0
+    assert analysis == (two / "analysis.json").read_text()
 
 
 def test_killed_and_resumed_equals_uninterrupted(run: Run, synthetic: Path, tmp_path: Path) -> None:
