@@ -24,7 +24,7 @@ MUTED: Final = "#000002"
 GRID: Final = "#000003"
 PAPER: Final = "#000004"
 SERIES: Final = tuple(f"#0000{number}0" for number in range(1, 9))
-_KINDS: Final = ("line", "dash", "dots", "dash", "line", "dots", "line", "dash")
+_KINDS: Final = ("line", "dash", "dots", "dash", "line", "dash", "line", "dots")
 _CSS: Final = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--card",
                **{colour: f"--c{number}" for number, colour in enumerate(SERIES, start=1)}}
 
