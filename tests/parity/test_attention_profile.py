@@ -17,7 +17,7 @@ POSITION_EDGE, AGE_EDGE = [1, 2, 4, 8], [6 * DAY_S, 9 * DAY_S, 24 * DAY_S]
 
 
 def build(**settings):
-    config = TowerConfig(width=6, num_queries=2, num_self_layers=2, **settings)
+    config = TowerConfig(**{"width": 6, "num_queries": 2, "num_self_layers": 2, **settings})
     tower = LongerTower(config, WIDTHS, 1, max_events=9).double().eval()
     randomise(tower)
     return tower
@@ -42,32 +42,41 @@ def mass_ref(tower, user, candidates, position_edge, age_edge):
             own = [reference._candidate_token(tower, candidate)]
             if tower.config.num_candidate_tokens == 2:
                 own.insert(0, tower.interaction_token(reference._interaction(tower.interaction, alone, candidate)))
+            M, F = len(merged), len(own)
             token = torch.cat([merged, tower.globals(alone)[0], *own])
-            num_kept = len(merged)
+            sampled = reference.positions_ref(tower.config.sampling, M, tower.config.num_queries)
+            learned = tower.config.sampling == "learnable"
+            query = torch.cat([tower.learned[:len(sampled)] if learned else token[sampled], token[M:]])
+            older = [(M - 1 - m) * K for m in range(M)]  # events between a token's newest and the request's newest
+            values = (older, [age[len(age) - 1 - each] for each in older])
+            stands, positions = list(range(M)), [*sampled, *range(M, len(token))]
             for depth, layer in enumerate(layers):
-                query_w, key_w, _ = layer.qkv.weight.split(tower.config.merged_width)
-                normed = layer.attention_norm(token)
-                S, F = len(token), len(own)
-                places = [[bucket(value, edge) for value in values] + [len(edge) + 1] * G + [len(edge) + 2] * F
-                          for edge, values in zip(edges, (
-                              [(num_kept - 1 - i) * K for i in range(num_kept)],
-                              [age[len(age) - 1 - (num_kept - 1 - i) * K] for i in range(num_kept)]), strict=True)]
-                for head in [*range(layer.num_heads), None]:
-                    part = slice((head or 0) * layer.head_width, ((head or 0) + 1) * layer.head_width)
-                    for query in range(S - F, S):
-                        score = (normed[query] @ query_w[part].T) @ (normed[:query + 1] @ key_w[part].T).T
-                        score = score * (head is not None) / math.sqrt(layer.head_width)
-                        for total, place in zip(totals, places, strict=True):
-                            for key, weight in enumerate(score.softmax(-1)):
-                                total[depth, layer.num_heads if head is None else head, place[key]] += weight
-                kept = min(num_kept, tower.config.num_queries)
-                token = reference._layer(layer, token, kept + G + F, F)
-                num_kept = kept
+                for total, edge, value in zip(totals, edges, values, strict=True):
+                    place = [len(edge) + 1 if m is None else bucket(value[m], edge) for m in stands]
+                    add_layer(total[depth], layer, token, F, place + [len(edge) + 1] * G + [len(edge) + 2] * F)
+                query = reference._layer(layer, query, token, positions, F)
+                token, positions = query, list(range(len(query)))
+                stands = ([None] * len(sampled) if learned else sampled) if depth == 0 else stands
     return totals
 
 
+def add_layer(total, layer, token, num_own, place):
+    """Each own token's softmax over the keys it sees, head by head; then with all scores 0."""
+    query_w, key_w, _ = layer.qkv.weight.split(token.shape[1])
+    normed = layer.attention_norm(token)
+    for head in [*range(layer.num_heads), None]:
+        part = slice((head or 0) * layer.head_width, ((head or 0) + 1) * layer.head_width)
+        for query in range(len(token) - num_own, len(token)):
+            score = (normed[query] @ query_w[part].T) @ (normed[:query + 1] @ key_w[part].T).T
+            score = score * (head is not None) / math.sqrt(layer.head_width)
+            for key, weight in enumerate(score.softmax(-1)):
+                total[layer.num_heads if head is None else head, place[key]] += weight
+
+
 @pytest.mark.parametrize("settings", [{}, {"merge_size": 3, "num_cls_tokens": 2}, {"user_token": False},
-                                      {"merge_size": 1, "interaction": {"placement": "token"}}])
+                                      {"merge_size": 1, "interaction": {"placement": "token"}},
+                                      {"merge_size": 1, "sampling": "uniform"}, {"sampling": "learnable"},
+                                      {"sampling": "all", "num_queries": 50, "pooling": "globals+mean"}])
 def test_mass_equals_a_softmax_of_one_candidate_at_a_time(settings):
     tower = build(**settings)
     user, candidates = make_user([5, 0, 12, 1]), make_candidates([2, 3, 1, 2])
