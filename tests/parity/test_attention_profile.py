@@ -54,7 +54,7 @@ def mass_ref(tower, user, candidates, position_edge, age_edge):
                 for total, edge, value in zip(totals, edges, values, strict=True):
                     place = [len(edge) + 1 if m is None else bucket(value[m], edge) for m in stands]
                     add_layer(total[depth], layer, token, F, place + [len(edge) + 1] * G + [len(edge) + 2] * F)
-                query = reference._layer(layer, query, token, positions, F)
+                query = reference._layer(layer, tower.config.norm, depth == 0, query, token, positions, F)
                 token, positions = query, list(range(len(query)))
                 stands = ([None] * len(sampled) if learned else sampled) if depth == 0 else stands
     return totals
@@ -67,15 +67,17 @@ def add_layer(total, layer, token, num_own, place):
     for head in [*range(layer.num_heads), None]:
         part = slice((head or 0) * layer.head_width, ((head or 0) + 1) * layer.head_width)
         for query in range(len(token) - num_own, len(token)):
-            score = (normed[query] @ query_w[part].T) @ (normed[:query + 1] @ key_w[part].T).T
+            key = layer.key_norm(normed[:query + 1] @ key_w[part].T)
+            score = layer.query_norm(normed[query] @ query_w[part].T) @ key.T
             score = score * (head is not None) / math.sqrt(layer.head_width)
-            for key, weight in enumerate(score.softmax(-1)):
-                total[layer.num_heads if head is None else head, place[key]] += weight
+            for place_of_key, weight in zip(place, score.softmax(-1), strict=False):
+                total[layer.num_heads if head is None else head, place_of_key] += weight
 
 
 @pytest.mark.parametrize("settings", [{}, {"merge_size": 3, "num_cls_tokens": 2}, {"user_token": False},
                                       {"merge_size": 1, "interaction": {"placement": "token"}},
                                       {"merge_size": 1, "sampling": "uniform"}, {"sampling": "learnable"},
+                                      {"norm": "hybrid_star"},
                                       {"sampling": "all", "num_queries": 50, "pooling": "globals+mean"}])
 def test_mass_equals_a_softmax_of_one_candidate_at_a_time(settings):
     tower = build(**settings)
