@@ -90,13 +90,13 @@ def _rescaled(files: RunFiles, split: str, key: str, scale: str) -> list[tuple[f
 
 
 def _settings(named: Mapping[str, RunFiles]) -> Section | None:
-    """A row for each setting in which the runs differ; None with fewer than two configurations."""
+    """A row for each setting in which the runs themselves differ; None with fewer than two configurations."""
     flat = {name: _flatten(files.config) for name, files in named.items() if files.config}
     if len(flat) < 2:
         return None
     keys = dict.fromkeys(key for settings in flat.values() for key in settings)
     rows = [[key, *(str(settings.get(key, MISSING)) for settings in flat.values())] for key in keys
-            if key not in ("name", "run_dir")]
+            if key.partition(".")[0] not in ("name", "run_dir", "baselines")]
     return {"head": [("setting", False), *((name, False) for name in flat)],
             "rows": [row for row in rows if len(set(row[1:])) > 1]}
 
