@@ -8,14 +8,19 @@ from longer_rec.errors import ConfigError
 from longer_rec.model.baselines.common import Baseline
 from longer_rec.model.baselines.count import CountConfig, CountTower
 from longer_rec.model.baselines.din import DinConfig, DinTower
+from longer_rec.model.baselines.hstu import HstuConfig, HstuTower
 from longer_rec.model.baselines.no_sequence import NoSequenceConfig, NoSequenceTower
+from longer_rec.model.baselines.sasrec import SasRecConfig, SasRecTower
+from longer_rec.model.baselines.sim_hard import SimHardConfig, SimHardTower
 from longer_rec.model.baselines.sum_pooling import SumPoolingConfig, SumPoolingTower
 from longer_rec.model.baselines.transformer import TransformerConfig
+from longer_rec.model.baselines.twin import TwinConfig, TwinTower
 from longer_rec.model.inputs import InputWidths
 from longer_rec.model.longer import LongerTower, TowerConfig
 
 AnyTowerConfig = Annotated[
-    TowerConfig | TransformerConfig | NoSequenceConfig | CountConfig | SumPoolingConfig | DinConfig,
+    TowerConfig | TransformerConfig | NoSequenceConfig | CountConfig | SumPoolingConfig | DinConfig | SimHardConfig
+    | TwinConfig | HstuConfig | SasRecConfig,
     pydantic.Field(discriminator="kind")]
 # Each has ``encode(UserSide) -> UserState`` and ``score(UserState, CandidateSide) -> C x Y``; nothing else is called.
 AnyTower = LongerTower | Baseline | CountTower
@@ -41,3 +46,11 @@ def build_tower(config: AnyTowerConfig, widths: InputWidths, num_tasks: int, max
             return SumPoolingTower(config, widths, num_tasks, max_events)
         case DinConfig():
             return DinTower(config, widths, num_tasks, max_events)
+        case SimHardConfig():
+            return SimHardTower(config, widths, num_tasks, max_events)
+        case TwinConfig():
+            return TwinTower(config, widths, num_tasks, max_events)
+        case HstuConfig():
+            return HstuTower(config, widths, num_tasks, max_events)
+        case SasRecConfig():
+            return SasRecTower(config, widths, num_tasks, max_events)

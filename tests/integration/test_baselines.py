@@ -9,7 +9,8 @@ import pytest
 from tests.integration.conftest import CONFIG, TINY, metric_lines
 from tests.reference.commands import CommandServer
 
-MODELS = ["kind: transformer", "kind: sum_pooling, interaction: {fields: [item], hidden: [4]}", "kind: din"]
+MODELS = ["kind: transformer", "kind: sum_pooling, interaction: {fields: [item], hidden: [4]}", "kind: din",
+          "kind: sim_hard", "kind: twin", "kind: hstu", "kind: sasrec"]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -25,5 +26,5 @@ def test_a_baseline_is_trained_and_evaluated_by_the_commands(commands: CommandSe
 
 
 def test_a_baseline_on_one_and_on_two_processes_matches_bitwise(run: Callable[..., Path]) -> None:
-    overrides = (*TINY, "elastic.num_workers=2", "model={kind: din, width: 8, interaction: {}}")
+    overrides = (*TINY, "elastic.num_workers=2", "model={kind: hstu, width: 8, interaction: {}}")
     assert metric_lines(run("one", *overrides, ranks=1)) == metric_lines(run("two", *overrides, ranks=2))

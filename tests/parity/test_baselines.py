@@ -32,6 +32,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "din with statistics": {"kind": "din", "interaction": INTERACTION, **NARROW},
     "din softmax": {"kind": "din", "normalisation": "softmax", "projection_hidden": 6, **NARROW},
     "din of the newest": {"kind": "din", "num_recent": 4, "head": {"id_scale": 0.0, "hidden": []}, **NARROW},
+    "sim_hard": {"kind": "sim_hard", "interaction": INTERACTION, **NARROW},
+    "sim_hard of the newest two": {"kind": "sim_hard", "search_feature": "item", "top_k": 2, "num_heads": 2, **NARROW},
+    "twin": {"kind": "twin", "interaction": INTERACTION, **NARROW},
+    "twin of the best three": {"kind": "twin", "top_k": 3, "num_heads": 2, **NARROW},
+    "hstu with statistics": {"kind": "hstu", "interaction": INTERACTION, "num_layers": 1, **NARROW},
+    "hstu": {"kind": "hstu", "num_heads": 2, "num_layers": 3, **NARROW},
+    "sasrec": {"kind": "sasrec", "num_heads": 2, **NARROW},
+    "sasrec with statistics": {"kind": "sasrec", "num_layers": 1, "interaction": INTERACTION, **NARROW},
 }
 # Of each kind one.
 KINDS = {settings["kind"]: settings for settings in VARIANTS.values()}
@@ -57,7 +65,7 @@ def test_tower_equals_reference_in_logits_and_gradients(name: str) -> None:
     given, wanted = run(tower, user, candidates), baseline_ref(tower, user, candidates)
     assert given.shape == (sum(CANDIDATES), 2)
     torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-9)
-    inputs = [*leaves(user, candidates), *tower.parameters()]
+    inputs = [*leaves(user, candidates), *(each for each in tower.parameters() if each.requires_grad)]
     weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2), dtype=wanted.dtype)
     fast, slow = (torch.autograd.grad((logits * weight).sum(), inputs, allow_unused=True, materialize_grads=True)
                   for logits in (given, wanted))
@@ -91,7 +99,7 @@ def test_candidates_never_see_each_other(name: str) -> None:
 def test_low_precision_determinism_and_nothing_at_all(kind: str) -> None:
     tower = build(KINDS[kind], max_events=20)
     user, candidates = make_user([0, 30, 6], dtype=torch.float32), make_candidates([2, 40, 3], dtype=torch.float32)
-    parameters = list(tower.parameters())
+    parameters = [each for each in tower.parameters() if each.requires_grad]
 
     def step() -> list[Tensor]:
         logits = run(tower, user, candidates)
@@ -117,6 +125,9 @@ def test_low_precision_determinism_and_nothing_at_all(kind: str) -> None:
 @pytest.mark.parametrize(("settings", "message"), [
     ({"kind": "din", "interaction": {"to_head": False}}, "to_head=false leaves a baseline's statistics unread; set it"),
     ({"kind": "transformer", "num_queries": 3}, "num_queries=3 has no meaning with model.sampling=all"),
+    ({"kind": "sim_hard", "search_feature": "colour"}, "search_feature='colour' is no item feature .*item, category"),
+    ({"kind": "twin", "num_heads": 5}, r"num_heads=5 does not divide model.width=32; use one of \[1, 2, 4"),
+    ({"kind": "hstu", "num_heads": 3, "width": 8}, "num_heads=3 does not divide"),
     ({"kind": "sum_pooling", "interaction": {"fields": ["colour"]}}, "item feature 'colour'; known are item, category"),
 ])
 def test_what_does_not_fit_is_refused_with_the_remedy(settings: Mapping[str, Any], message: str) -> None:
@@ -126,13 +137,13 @@ def test_what_does_not_fit_is_refused_with_the_remedy(settings: Mapping[str, Any
 
 @pytest.mark.parametrize("settings", [
     {"kind": "transformer", "merge_size": 2}, {"kind": "transformer", "sampling": "recent"},
-    {"kind": "din", "num_recent": 0}], ids=str)
+    {"kind": "din", "num_recent": 0}, {"kind": "twin", "top_k": 0}, {"kind": "sim_hard", "top_k": 0}], ids=str)
 def test_what_is_no_option_of_a_kind_is_refused(settings: Mapping[str, Any]) -> None:
     with pytest.raises(pydantic.ValidationError, match="Input should be"):
         build(settings)
 
 
-@pytest.mark.parametrize("kind", ["din", "transformer"])
+@pytest.mark.parametrize("kind", ["din", "transformer", "twin", "hstu"])
 def test_matching_a_candidate_with_the_history_is_learned(kind: str) -> None:
     generator = torch.Generator().manual_seed(1)
     table = torch.randn(400, 32, generator=generator)

@@ -3,7 +3,8 @@
 It shares with the fast path its weights and, as ``tests/reference/longer.py`` does, ``describe``.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,15 @@ from torch.nn.functional import silu
 
 from longer_rec.model.baselines.common import Baseline
 from longer_rec.model.baselines.din import DinTower
+from longer_rec.model.baselines.hstu import NUM_BUCKETS, HstuLayer, HstuTower
 from longer_rec.model.baselines.no_sequence import NoSequenceTower
+from longer_rec.model.baselines.sasrec import SasRecTower
+from longer_rec.model.baselines.sim_hard import SimHardTower
 from longer_rec.model.baselines.sum_pooling import SumPoolingTower
+from longer_rec.model.baselines.target_attention import TargetAttention
+from longer_rec.model.baselines.twin import TwinTower
 from longer_rec.model.inputs import CandidateSide, UserSide
-from tests.reference.longer import _candidate_token, _event_tokens, _interaction, one_candidate, one_request
+from tests.reference.longer import _candidate_token, _event_tokens, _interaction, _layer, one_candidate, one_request
 
 # What a tower adds to the head's inputs: of the candidate and of the user, each 1 x some width.
 Read = tuple[list[Tensor], list[Tensor]]
@@ -77,5 +83,92 @@ def _din(tower: DinTower, user: UserSide, candidate: CandidateSide) -> Read:
     return [own, total], []
 
 
+def _sim_hard(tower: SimHardTower, user: UserSide, candidate: CandidateSide) -> Read:
+    own = tower.norm(_candidate_token(tower, candidate))
+    wanted = int(candidate.id[tower.feature][0])
+    found = [t for t, value in enumerate(user.event_id[tower.feature].tolist()) if value == wanted and wanted > 0]
+    events = [tower.norm(_event_tokens(tower, user)[t:t + 1]) for t in found[-tower.top_k:]]
+    return [own, _target_attention(tower.attention, own, events, events, [0.0] * len(events))], []
+
+
+def _twin(tower: TwinTower, user: UserSide, candidate: CandidateSide) -> Read:
+    attention, tokens = tower.attention, tower.tokens
+    inherent = tower.inherent_norm(tower.inherent(torch.cat([candidate.embedding[n] for n in tower.item_names], 1)))
+    query_w, key_w = attention.query_key.weight.chunk(2)
+    compared, values, extra, alpha = [], [], [], []
+    for t, event in enumerate(_event_tokens(tower, user)):
+        bucket = int((tokens.get_buffer("age_boundary") <= float(user.age_T[t])).sum())
+        cross = torch.cat([*(user.event_embedding[name][t] for name in tokens.event_names), tokens.age.weight[bucket]])
+        extra.append(tower.cross.weight @ cross)
+        item = torch.cat([user.event_embedding[name][t] for name in tower.item_names])
+        compared.append(tower.inherent_norm(tower.inherent(item.unsqueeze(0))))
+        values.append(tower.norm(event.unsqueeze(0)))
+        score = ((compared[-1] @ key_w.T) * (inherent @ query_w.T)).sum() / math.sqrt(_head_width(attention))
+        alpha.append((score + extra[-1].sum()).item())
+    kept = sorted(range(len(alpha)), key=lambda t: -alpha[t])[:tower.top_k]
+    mixed = _target_attention(attention, inherent, *([rows[t] for t in kept] for rows in (compared, values, extra)))
+    return [tower.norm(_candidate_token(tower, candidate)), mixed], []
+
+
+def _head_width(attention: TargetAttention) -> int:
+    """E, the width of a head."""
+    return attention.value.out_features // attention.num_heads
+
+
+def _target_attention(attention: TargetAttention, own: Tensor, compared: Sequence[Tensor], values: Sequence[Tensor],
+                      extra: Sequence[Any]) -> Tensor:
+    """Softmax over the given events and the candidate's own key, whose value is 0; ``extra``: an event's, per head."""
+    query_w, key_w = attention.query_key.weight.chunk(2)
+    heads = []
+    for head in range(attention.num_heads):
+        part = slice(head * _head_width(attention), (head + 1) * _head_width(attention))
+        query = own @ query_w[part].T / math.sqrt(_head_width(attention))
+        scores = [(query * (each @ key_w[part].T)).sum() for each in (*compared, own)]
+        for t, addition in enumerate(extra):
+            scores[t] = scores[t] + (addition if isinstance(addition, float) else addition[head])
+        weight = torch.stack(scores).softmax(0)
+        values_E = [value @ attention.value.weight[part].T for value in values]
+        heads.append(sum((w * value for w, value in zip(weight, values_E, strict=False)), torch.zeros_like(query)))
+    return attention.proj(torch.cat(heads, dim=1))
+
+
+def _hstu(tower: HstuTower, user: UserSide, candidate: CandidateSide) -> Read:
+    """One sequence of events and candidate through all layers, pair by pair."""
+    token_SD = torch.cat([_event_tokens(tower, user), _candidate_token(tower, candidate)])
+    ages = [*user.age_T.tolist(), 0]
+    for layer in tower.layers:
+        token_SD = _hstu_layer(layer, token_SD, ages)
+    return [tower.final_norm(token_SD[-1:])], []
+
+
+def _hstu_layer(layer: HstuLayer, token_SD: Tensor, ages: list[int]) -> Tensor:
+    gate, value, query, key = silu(layer.uvqk(layer.norm(token_SD))).chunk(4, dim=1)
+    width = value.shape[1] // layer.num_heads
+    rows = []
+    for i in range(len(ages)):
+        heads = []
+        for head in range(layer.num_heads):
+            part = slice(head * width, (head + 1) * width)
+            mixed = torch.zeros_like(value[0, part])
+            for j in range(i + 1):
+                position, time = (min(int(n).bit_length(), NUM_BUCKETS - 1) for n in (i - j, ages[j] - ages[i]))
+                score = (query[i, part] * key[j, part]).sum() / math.sqrt(width)
+                score = score + layer.position_bias[position] + layer.time_bias[time]
+                mixed = mixed + silu(score) / layer.max_events * value[j, part]
+            heads.append(mixed)
+        rows.append(layer.out(layer.mixed_norm(torch.cat(heads)) * gate[i]))
+    return token_SD + torch.stack(rows)
+
+
+def _sasrec(tower: SasRecTower, user: UserSide, candidate: CandidateSide) -> Read:
+    own, token_SD = _candidate_token(tower, candidate), _event_tokens(tower, user)
+    if len(token_SD) == 0:
+        return [own * 0.0], []
+    for layer in tower.layers:
+        token_SD = _layer(layer, token_SD, token_SD, list(range(len(token_SD))), 0)
+    return [own * tower.final_norm(token_SD[-1:])], []
+
+
 _READ: dict[type, Callable[[Any, UserSide, CandidateSide], Read]] = {
-    NoSequenceTower: _no_sequence, SumPoolingTower: _sum_pooling, DinTower: _din}
+    NoSequenceTower: _no_sequence, SumPoolingTower: _sum_pooling, DinTower: _din, SimHardTower: _sim_hard,
+    TwinTower: _twin, HstuTower: _hstu, SasRecTower: _sasrec}
