@@ -21,6 +21,7 @@ from longer_rec.model.baselines.common import (
 )
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
 from longer_rec.model.layers import CausalLayer
+from longer_rec.model.norms import layer_norms
 from longer_rec.model.sampling import Queries, newest
 from longer_rec.model.state import UserState
 
@@ -42,8 +43,8 @@ class SasRecTower(Baseline):
         super().__init__(config, widths, num_tasks, max_events, config.width)
         check_heads(config.num_heads, config.width)
         self.tokens = build_tokens(config, widths, max_events)
-        layers = [CausalLayer(config.width, config.num_heads, config.ffn_multiple, config.dropout, "layer", 0.0)
-                  for _ in range(config.num_layers)]
+        layers = [CausalLayer(config.width, config.num_heads, config.ffn_multiple, config.dropout, "layer", 0.0,
+                              layer_norms("pre", depth)) for depth in range(config.num_layers)]
         for layer in layers:
             layer.own_gain.requires_grad_(False)  # of candidates, which do not go through these layers
             with torch.no_grad():
