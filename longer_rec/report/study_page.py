@@ -37,9 +37,11 @@ def write_study(directory: Path, content: Content) -> Path:
     (directory / "table.csv").write_text(csv_table(content), encoding="utf-8")
     (directory / "table.md").write_text(markdown_table(content), encoding="utf-8")
     path = directory / "index.html"
-    write_page(path, "study.html.j2", title=content["name"], about=_about(content), titles=titles, rows=rows,
-               num_names=_num_names(content), plots=_plots(content), scaling=_scaling(content), facts=_facts(content),
-               failed=content["failed"])
+    names, costs = _num_names(content), titles.index("MFLOPs a user")
+    tables = [(what, titles[:names] + titles[part], [cells[:names] + cells[part] for cells in rows])
+              for what, part in (("Results", slice(names, costs)), ("Cost", slice(costs, None)))]
+    write_page(path, "study.html.j2", title=content["name"], about=_about(content), tables=tables, num_names=names,
+               plots=_plots(content), scaling=_scaling(content), facts=_facts(content), failed=content["failed"])
     return path
 
 
@@ -84,7 +86,8 @@ def markdown_table(content: Content) -> str:
     lines += ["| " + " | ".join(f"**{text}**" if best else text for text, best in row) + " |" for row in rows]
     lines += ["", *(f"- not finished: {name}: {reason}" for name, reason in content["failed"].items())]
     lines += [f"- {name}: {value}" for name, value in _facts(content)]
-    fits = [_fit_text(fit) for fit in content["fits"]]
+    fits = [f"{fit['model']}{' on ' + fit['data'] if fit['data'] else ''}, {_AXIS_TITLES[fit['metric']]} against "
+            f"{_AXIS_TITLES[fit['x']]}: {_fit_text(fit)}" for fit in content["fits"]]
     return "\n".join([*lines, *(["", "## Scaling", ""] if fits else []), *(f"- {fit}" for fit in fits)]) + "\n"
 
 
@@ -172,12 +175,15 @@ def _ranking(rows: Sequence[Row], axes: Axes) -> None:
 
 
 def _against_flops(rows: Sequence[Row], axes: Axes) -> None:
-    for row in rows:
-        axes.errorbar(row["gflops"], row["auc"][0], yerr=row["auc"][1] or 0.0, fmt="o", markersize=5, color=SERIES[0])
-        axes.annotate(_label(row), (row["gflops"], row["auc"][0]), xytext=(6, 4), textcoords="offset points",
-                      color=MUTED, fontsize=8)
+    """The points of one model are joined; its name stands at the dearest of them."""
+    for number, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        own = sorted((row["gflops"], *row["auc"]) for row in rows if row["model"] == model)
+        flops, mean, error = zip(*own, strict=True)
+        axes.errorbar(flops, mean, yerr=[each or 0.0 for each in error], fmt="o-", markersize=4, linewidth=1.2,
+                      color=SERIES[number % len(SERIES)])
+        axes.annotate(model, (flops[-1], mean[-1]), xytext=(6, 4), textcoords="offset points", color=MUTED, fontsize=8)
     _log_axis(axes, "GFLOPs a request")
-    axes.margins(x=0.18)
+    axes.margins(x=0.15)
 
 
 def _scaling(content: Content) -> list[dict[str, Any]]:
@@ -187,7 +193,7 @@ def _scaling(content: Content) -> list[dict[str, Any]]:
         groups.setdefault((fit["x"], fit["metric"], fit["data"]), []).append(fit)
     return [{"caption": f"{_AXIS_TITLES[metric]} against {_AXIS_TITLES[x]}" + (f" on {data}" if data else ""),
              "chart": _svg(f"scaling{number}", 2.9, partial(_curves, fits, _AXIS_TITLES[x])),
-             "legend": [(index % len(SERIES) + 1, _fit_text(fit)) for index, fit in enumerate(fits)]}
+             "legend": [(index % len(SERIES) + 1, f"{fit['model']}: {_fit_text(fit)}") for index, fit in enumerate(fits)]}
             for number, ((x, metric, data), fits) in enumerate(groups.items())]
 
 
@@ -212,16 +218,15 @@ def _log_axis(axes: Axes, title: str) -> None:
     low, high = axes.dataLim.intervalx
     if high < 30 * low:
         axes.set_xticks(np.geomspace(low, high, 4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}" if value < 10 else f"{value:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(title)
 
 
 def _fit_text(found: Row) -> str:
-    what = f"{found['model']}: {_AXIS_TITLES[found['metric']]} against {_AXIS_TITLES[found['x']]}"
     if (fit := found["fit"]) is None:
-        return f"{what}: no curve, {found['why']}"
+        return f"no curve, {found['why']}"
     sign = "+" if fit["alpha"] > 0 else "-"
-    text = f"{what}: {fit['gamma']:.4g} {sign} {abs(fit['alpha']):.4g} · x^{fit['beta']:.3f}"
+    text = f"{fit['gamma']:.4g} {sign} {abs(fit['alpha']):.4g} · x^{fit['beta']:.3f}"
     return f"{text}, R² {fit['r2']:.3f}" + (", the exponent is at its bound: the points do not tell it"
                                             if fit["at_bound"] else "")
