@@ -28,7 +28,7 @@ from longer_rec.study.table import study_content
 from longer_rec.study.tasks import Task, run_tasks
 from longer_rec.study.trial import run_trial
 from longer_rec.train.run import train
-from longer_rec.train.run_dir import read_run, write_atomically, writing
+from longer_rec.train.run_dir import read_run, write_atomically
 
 # How long the runs of a study that was killed may take to save: they are told to when it dies.
 _ENDING_S: Final = 60.0
@@ -43,9 +43,7 @@ def run_study(path: Path, overrides: Sequence[str], command: str) -> bool:
     grid = variants(study)
     datasets = _open_datasets(study, grid)
     parallel = study.parallel or num_cores()
-    with writing(study.directory):
-        study.directory.mkdir(parents=True, exist_ok=True)
-    with _only_here(study.directory), StopSignal() as stop, writing(study.directory):
+    with _writing(study.directory), _only_here(study.directory), StopSignal() as stop:
         write_atomically(study.directory / "study.yaml", dump_config(study))
         spent = study.directory / "spent.json"
         sizes = {path: dataset.num_requests("train") for path, dataset in datasets.items()}
@@ -186,6 +184,16 @@ def _refuse_changed(task: Task, dataset: Dataset, directory: Path) -> None:
     if changed:
         raise ConfigError(f"{before} was made for other settings (differs in {', '.join(changed)}); remove "
                           f"{before.parent} to run it anew, or give the study another out than {directory}")
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot write into out={directory}: {error.strerror}; check space and permissions or choose "
+                          "another out") from None
 
 
 @contextmanager

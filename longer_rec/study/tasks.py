@@ -65,10 +65,9 @@ def run_tasks(tasks: Sequence[Task], parallel: int, stop: StopSignal, show: Show
                 running.append((waiting[0], _start(waiting.pop(0))))
             show(waiting, [task for task, _ in running], failed)
             wait([process.sentinel for _, process in running], _POLL_S)
-            for task, process in running:
-                if not process.is_alive() and not task.done:
-                    failed[task.name] = _reason(task, process.exitcode or 0)
-            running = [(task, process) for task, process in running if process.is_alive()]
+            ended = [(task, process) for task, process in running if not process.is_alive()]
+            running = [each for each in running if each not in ended]
+            failed |= {task.name: _reason(task, process.exitcode or 0) for task, process in ended if not task.done}
         show(waiting, [], failed)
     finally:
         for _, process in running:
