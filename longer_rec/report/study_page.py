@@ -193,7 +193,8 @@ def _scaling(content: Content) -> list[dict[str, Any]]:
         groups.setdefault((fit["x"], fit["metric"], fit["data"]), []).append(fit)
     return [{"caption": f"{_AXIS_TITLES[metric]} against {_AXIS_TITLES[x]}" + (f" on {data}" if data else ""),
              "chart": _svg(f"scaling{number}", 2.9, partial(_curves, fits, _AXIS_TITLES[x])),
-             "legend": [(index % len(SERIES) + 1, f"{fit['model']}: {_fit_text(fit)}") for index, fit in enumerate(fits)]}
+             "legend": [(index % len(SERIES) + 1, f"{fit['model']}: {_fit_text(fit)}")
+                        for index, fit in enumerate(fits)]}
             for number, ((x, metric, data), fits) in enumerate(groups.items())]
 
 

@@ -3,14 +3,12 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from longer_rec.job import Job
 from longer_rec.report.run_files import read_run_files
 from longer_rec.study.scaling import MIN_POINTS, fit_scaling
 from longer_rec.study.spec import StudyConfig, Variant
@@ -61,13 +59,9 @@ def _read_result(task: Task) -> dict[str, float]:
     result, lines = files.results[0], files.lines
     train_s = sum(line["elapsed_s"] - before.get("elapsed_s", 0.0) for before, line in pairwise([{}, *lines])
                   if line["split"] == "train")
-    requests = result["steps"] * _requests_a_step(task.job)
+    requests = result["steps"] * (task.job.elastic.num_workers or 1) * task.job.data.batch_requests
     return {**{name: result[name] for name in _METRICS}, "train_s": train_s, "requests": requests,
             "requests_per_s": requests / train_s if train_s else 0.0}
-
-
-def _requests_a_step(job: Job) -> int:
-    return (job.elastic.num_workers or 1) * job.data.batch_requests
 
 
 def _cost(cost: Mapping[str, Any] | None) -> Row:
@@ -95,7 +89,7 @@ def _fits(study: StudyConfig, rows: Sequence[Row]) -> Iterator[Row]:
                                              f"{len({point[0] for point in points})} are there"}
 
 
-def _environment(runs: Runs) -> dict[str, Any]:
+def _environment(runs: Runs) -> dict[str, list[str]]:
     """Where the finished runs were made: each fact with all values it had, for a study may be continued elsewhere."""
     facts: dict[str, list[str]] = {}
     for task in (task for tasks in runs.values() for task in tasks.values() if task.done):
@@ -105,8 +99,9 @@ def _environment(runs: Runs) -> dict[str, Any]:
         told = {"hardware": f"{machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}"
                             + (f", {gpus}" if gpus else ""),
                 "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-                "commit": run["git_commit"] or "none", "data": run["data"]["fingerprint"][:12]}
+                "commit": run["git_commit"] or "none", "data": run["data"]["fingerprint"][:12],
+                "date": run["started"][:10]}
         for name, value in told.items():
             if value not in facts.setdefault(name, []):
                 facts[name].append(value)
-    return {**facts, "date": [datetime.now(UTC).strftime("%Y-%m-%d")]}
+    return facts
