@@ -99,7 +99,8 @@ def test_a_finished_study_runs_nothing_and_says_the_same(commands: CommandServer
     ("models.longer=['model={kind: longer, width: 12, num_queries: 4}']",
      r"longer/probe\.yaml was made for other settings \(differs in model\.width\)"),
     ("seeds=[0, 0]", r"seeds=\[0, 0\] holds a seed twice"),
-    ("models.longer=[model.num_heads=5]", r"models\.longer: model\.num_heads=5 does not divide the merged width 64"),
+    ("models.longer=['model={kind: longer, num_queries: 4, num_heads: 5}']",
+     r"models\.longer: model\.num_heads=5 does not divide the merged width 64"),
     ("models.longer=[data.dir=nowhere]", r"nowhere"),
 ])
 def test_what_does_not_fit_is_refused_before_anything_runs(commands: CommandServer, whole: Path, override: str,
