@@ -23,11 +23,11 @@ Precision = Literal["fp32", "bf16"]
 
 # Keys that may differ when a run directory is resumed: they move or watch the run, they do not change the model.
 _FREE_KEYS = frozenset((
-    "name", "run_dir", "data.dir", "data.loader_processes", "data.prefetch_batches", "data.timeout_s", "sparse.plan",
-    "sparse.kernel", "sparse.placement", "sparse.device_memory", "sparse.cache_policy", "elastic.strict",
-    "elastic.digest_every", "train.recompute", "train.max_bad_steps", "train.log_every", "train.eval_every",
-    "train.eval_requests", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.timeout_s",
-    "train.checkpoint_timeout_s"))
+    "name", "run_dir", "data.dir", "data.loader_processes", "data.prefetch_batches", "data.timeout_s",
+    "sparse.plan", "sparse.kernel", "sparse.placement", "sparse.device_memory", "sparse.cache_policy",
+    "elastic.strict", "elastic.shares", "elastic.digest_every", "train.recompute", "train.max_bad_steps",
+    "train.log_every", "train.eval_every", "train.eval_requests", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.keep_every", "train.timeout_s", "train.checkpoint_timeout_s"))
 
 
 class ScheduleConfig(Config):

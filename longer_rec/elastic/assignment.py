@@ -1,5 +1,8 @@
 """Which process hosts which logical workers (EasyScale, section 3: logical workers are fixed, processes are not)."""
 
+from itertools import accumulate, pairwise
+from typing import Self
+
 import pydantic
 
 from longer_rec.config import Config
@@ -10,11 +13,22 @@ class ElasticConfig(Config):
     """``num_workers`` is W, the degree of parallelism the batch size and learning rate were chosen for.
 
     ``strict`` refuses what would make the result depend on the number of processes; None: when num_workers is set.
+    ``shares`` is how many of the W each process hosts, in the order of ranks: more for those on faster devices.
     """
 
     num_workers: int | None = pydantic.Field(None, ge=1, description="None: as many as there are processes")
+    shares: tuple[int, ...] | None = pydantic.Field(None, description="None: as equal as can be")
     strict: bool | None = None
     digest_every: int = pydantic.Field(0, ge=0, description="steps between digests of every tensor; 0: none")
+
+    @pydantic.model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if self.shares is not None and min(self.shares, default=0) < 1:
+            raise ValueError(f"shares={list(self.shares)}: every process needs 1 worker or more; start fewer processes")
+        if self.shares is not None and sum(self.shares) != self.num_workers:
+            raise ValueError(f"shares={list(self.shares)} add up to {sum(self.shares)}, not to num_workers="
+                             f"{self.num_workers}; change one of them")
+        return self
 
     @property
     def is_strict(self) -> bool:
@@ -27,9 +41,15 @@ def resolve_num_workers(config: ElasticConfig, num_processes: int) -> int:
     if num_workers < num_processes:
         raise ConfigError(f"elastic.num_workers={num_workers} is less than the {num_processes} processes; "
                           f"start at most {num_workers} processes or raise elastic.num_workers")
+    if config.shares is not None and len(config.shares) != num_processes:
+        raise ConfigError(f"elastic.shares={list(config.shares)} is for {len(config.shares)} processes, there are "
+                          f"{num_processes}; start {len(config.shares)}, or give another elastic.shares or null")
     return num_workers
 
 
-def owned_workers(process: int, num_processes: int, num_workers: int) -> range:
-    """The contiguous logical workers of one process; sizes differ by at most one when P does not divide W."""
-    return range(process * num_workers // num_processes, (process + 1) * num_workers // num_processes)
+def assign_workers(shares: tuple[int, ...] | None, num_processes: int, num_workers: int) -> list[range]:
+    """The contiguous logical workers of each process; without shares their numbers differ by at most one."""
+    assert shares is None or len(shares) == num_processes
+    ends = (accumulate(shares, initial=0) if shares is not None else
+            (process * num_workers // num_processes for process in range(num_processes + 1)))
+    return [range(*pair) for pair in pairwise(ends)]

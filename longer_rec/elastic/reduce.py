@@ -7,13 +7,11 @@ operands are fixed by the tree, so the bits do not depend on the number of proce
 ordinary all-reduce.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from longer_rec.elastic.assignment import owned_workers
 
 Node = tuple[int, int]
 
@@ -67,16 +65,16 @@ def tree_sum_ref(vectors: list[Tensor]) -> Tensor:
     return finish_tree({(0, worker): vector for worker, vector in enumerate(vectors)}, len(vectors))
 
 
-def tree_all_reduce(stack: SubtreeStack, num_workers: int) -> Tensor:
-    """The sum over the W workers of all processes, bitwise the same on each of them and for every P.
+def tree_all_reduce(stack: SubtreeStack, assignment: Sequence[range]) -> Tensor:
+    """The sum over the W workers of all processes, bitwise the same on each of them and for every assignment.
 
     ``stack`` holds this process' workers. Raises what the process group raises when a peer is gone.
     """
-    size = dist.get_world_size()
+    size, num_workers = len(assignment), assignment[-1].stop
     if size == 1:
         return finish_tree(stack.roots, num_workers)
     rank = dist.get_rank()
-    nodes = [subtree_roots(owned_workers(process, size, num_workers)) for process in range(size)]
+    nodes = [subtree_roots(workers) for workers in assignment]
     roots = torch.stack(list(stack.roots.values()))
     length = roots.shape[1]
     width = -(-length // size)

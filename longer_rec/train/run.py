@@ -116,9 +116,9 @@ def replay_run(run_dir: Path) -> list[str]:
 
 
 def _only_read(job: Job) -> Job:
-    """For a run that is not continued: any number of ranks, whatever its plan was for, and any kind of machine."""
+    """For a run that is not continued: any number of ranks, whatever plan and shares are for, any kind of machine."""
     return job.model_copy(update={"sparse": job.sparse.model_copy(update={"plan": "auto"}),
-                                  "elastic": job.elastic.model_copy(update={"strict": False})})
+                                  "elastic": job.elastic.model_copy(update={"strict": False, "shares": None})})
 
 
 def load_run(job: Job, dataset: Dataset, world: World) -> Trainer:

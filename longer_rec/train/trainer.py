@@ -14,7 +14,7 @@ from longer_rec.batch import RequestBatch, concat_batches
 from longer_rec.checkpoint.manager import CheckpointManager
 from longer_rec.data.history import Dataset
 from longer_rec.data.loader import TrainLoader
-from longer_rec.elastic.assignment import owned_workers
+from longer_rec.elastic.assignment import assign_workers
 from longer_rec.elastic.reduce import SubtreeStack, tree_all_reduce
 from longer_rec.elastic.step import (
     backward_through_lookup,
@@ -69,7 +69,8 @@ class Trainer:
         self.world = world
         self.parallel = parallel
         self.num_workers = num_workers
-        self.workers = owned_workers(world.rank, world.size, num_workers)
+        self.assignment = assign_workers(job.elastic.shares, world.size, num_workers)
+        self.workers = self.assignment[world.rank]
         self.stop = stop or StopSignal()
         self.clock = StepClock()
         self.step = 0
@@ -107,7 +108,7 @@ class Trainer:
                 scalars = [loss, keep_gradients(leaves), loss.new_tensor(self.stop.received)]
                 tree.push(worker, flatten_gradients(tower_parameters, scalars))
         with self.clock.part("time_reduce_s"):
-            total = tree_all_reduce(tree, self.num_workers)
+            total = tree_all_reduce(tree, self.assignment)
             loss, sparse_norm, num_stopping = unflatten_gradients(total, tower_parameters)
             grad_norm = total[:-len(scalars)].norm()
             # .tolist(): a host sync a step, the price of deciding on every rank alike before anything is updated.

@@ -135,6 +135,28 @@ def test_a_run_that_moves_from_4_to_2_to_1_to_4_processes_is_the_uninterrupted_r
     assert_same_run(tmp_path / "whole", tmp_path / "moved")
 
 
+def test_shares_of_the_workers_change_no_bit_and_may_change_at_a_restart(shop: Path, tmp_path: Path) -> None:
+    overrides = (*COMMON, *PLANS["row_wise_bf16_recomputed"])
+    run_ranks(train_rank, 1, tmp_path / "one", shop, overrides, timeout_s=120)
+    for shares in ([5, 3], [6, 1, 1]):
+        run_dir = tmp_path / f"{len(shares)}"
+        run_ranks(train_rank, len(shares), run_dir, shop, (*overrides, f"elastic.shares={shares}"), timeout_s=120)
+        assert_same_run(tmp_path / "one", run_dir)
+    moved = [((1, 2, 5), 2), ((7, 1), None)]
+    for shares, stop_after in moved:
+        run_ranks(train_rank, len(shares), tmp_path / "moved", shop,
+                  (*overrides, f"elastic.shares={list(shares)}"), stop_after, timeout_s=120)
+    assert_same_run(tmp_path / "one", tmp_path / "moved")
+    # Those who read it have no shares to keep.
+    assert len(run_ranks(evaluate_rank, 2, tmp_path / "moved")) == 2
+
+
+def test_shares_for_other_processes_are_refused_before_anything_is_written(shop: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankFailure, match=r"ConfigError.*elastic\.shares=\[5, 3\] is for 2 processes, there are 3"):
+        run_ranks(train_rank, 3, tmp_path / "run", shop, (*COMMON, "elastic.shares=[5, 3]"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_recomputation_changes_no_bit(shop: Path, tmp_path: Path) -> None:
     overrides = (*COMMON, "sparse.plan=table_wise")
     parts = "[input, merge, cross, self, head, interaction]"
