@@ -191,6 +191,24 @@ def study(config: Annotated[Path, typer.Argument(help="YAML file of a study")], 
 
 
 @app.command()
+def schedule(
+    jobs: Annotated[list[str], typer.Argument(
+        metavar="JOBS [KEY.SUB=VALUE]...", help="YAML file and settings on top; with --job, TYPE=COUNTxRATE of each "
+                                                "device type, such as v100=2x3.1 (mini-batches a second)")],
+    job: Annotated[int | None, typer.Option(
+        metavar="W", help="only share this many logical workers out to the devices of one job")] = None,
+    out: Annotated[Path, typer.Option(help="directory for schedule.json and schedule.html")] = Path("schedule"),
+) -> None:
+    """Who trains when on a shared cluster, simulated under several policies; or one job's shares of its devices."""
+    from longer_rec.schedule.command import run_schedule, share_lines
+
+    if job is not None:
+        typer.echo("\n".join(share_lines(job, jobs)))
+    else:
+        run_schedule(Path(jobs[0]), jobs[1:], out)
+
+
+@app.command()
 def doctor(
     quick: Annotated[bool, typer.Option(help="skip trying the kernels")] = False,
     distributed: Annotated[bool, typer.Option(help="under torchrun or srun: compare the ranks, measure between "
