@@ -1,0 +1,117 @@
+"""Processes of unequal speed: whether a step takes what the shares and the mini-batches a second say it will.
+
+    longer-rec prepare completejourney --out data/completejourney
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_shares configs/first.yaml
+
+Two processes, W = 8. The second is a slower device: it computes every mini-batch of its tower several times and keeps
+one. C_i is measured at equal shares: mini-batches by the processor seconds of process i's tower; so is what a step
+takes beside the slowest tower. From these every other pair's step is predicted. Shares alternate in blocks on
+the same batches; figures are medians over blocks. The clock is that of the processor, which other work on the machine
+disturbs less: the processor seconds of a step of the process that needs most.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from longer_rec.batch import RequestBatch
+from longer_rec.config import load_config
+from longer_rec.data.history import open_dataset
+from longer_rec.data.loader import TrainLoader
+from longer_rec.job import Job
+from longer_rec.runtime.distributed import joined_world
+from longer_rec.schedule.devices import best_share
+from longer_rec.train.parallelize import parallelize
+from longer_rec.train.run import prepare_process
+from longer_rec.train.trainer import Trainer
+from tests.reference.provenance import provenance
+from tests.reference.ranks import run_ranks
+
+W, EQUAL = 8, (4, 4)
+SHARES = (EQUAL, (5, 3), (6, 2), (7, 1))
+_BLOCK_STEPS = 2
+Seconds = dict[tuple[int, ...], list[tuple[float, list[float]]]]
+
+
+class Clocked(Trainer):
+    """``tower_s``: processor seconds of the towers. ``times``: how often each of them is computed."""
+
+    times, tower_s = 1, 0.0
+
+    def worker_backward(self, worker: int, batch: RequestBatch, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        start = time.process_time()
+        for _ in range(self.times - 1):
+            super().worker_backward(worker, batch, leaves)
+            for each in (*leaves.values(), *self.parallel.tower_parameters):
+                each.grad = None
+        result = super().worker_backward(worker, batch, leaves)
+        self.tower_s += time.process_time() - start
+        return result
+
+
+def time_steps(rank: int, size: int, config: Path, data: Path, slower: int, blocks: int) -> Seconds:
+    """By shares: for each block the seconds of a step of the busiest process, and those of each process' tower."""
+    prepare_process()
+    dataset = open_dataset(data, verify=False)
+    with joined_world() as world:
+        found: Seconds = defaultdict(list)
+        trainers = {}
+        for shares in SHARES:
+            job = load_config(Job, config, ["run_dir=unused", f"data.dir={data}", "data.loader_processes=0",
+                                            f"elastic.num_workers={W}", f"elastic.shares={list(shares)}"])
+            trainers[shares] = Clocked(job, dataset, world, parallelize(job, dataset, world), W)
+            trainers[shares].times = slower if rank == 1 else 1
+        for block in range(blocks + 1):
+            for shares, trainer in trainers.items():
+                loader = TrainLoader(dataset, trainer.job.data, seed=0, num_workers=W, workers=trainer.workers,
+                                     start_step=0, num_steps=1)
+                batches = [loader.make_step(block * _BLOCK_STEPS + step) for step in range(_BLOCK_STEPS)]
+                trainer.tower_s, start = 0.0, time.process_time()
+                for own in batches:
+                    trainer.train_step(own)
+                own_s = (time.process_time() - start) / _BLOCK_STEPS, trainer.tower_s / _BLOCK_STEPS
+                everyone = [own_s] * size
+                dist.all_gather_object(everyone, own_s)
+                if block:
+                    found[shares].append((max(step for step, _ in everyone), [tower for _, tower in everyone]))
+        return dict(found)
+
+
+def report(slower: int, found: Seconds) -> None:
+    step = {shares: statistics.median(one for one, _ in blocks) for shares, blocks in found.items()}
+    rates = tuple(4 / statistics.median(towers[i] for _, towers in found[EQUAL]) for i in (0, 1))
+    beside = statistics.median(one - max(towers) for one, towers in found[EQUAL])
+    best = best_share((1, 1), rates, W)
+    print(f"\nSecond process {slower} times as slow: C = {rates[0]:.1f} and {rates[1]:.1f} mini-batches/s; the planner "
+          f"shares {best.by_device}; beside the towers a step takes {1e3 * beside:.0f} ms.\n")
+    print("| shares | predicted ms | measured ms | off | middle half of blocks | times as fast as equal shares |\n"
+          + 6 * "|---" + "|")
+    for shares, measured in step.items():
+        predicted = max(a / c for a, c in zip(shares, rates, strict=True)) + beside
+        blocks = sorted(1e3 * one for one, _ in found[shares])
+        print(f"| {list(shares)} | {1e3 * predicted:.0f} | {1e3 * measured:.0f} | {measured / predicted - 1:+.1%} | "
+              f"{blocks[len(blocks) // 4]:.0f} to {blocks[-1 - len(blocks) // 4]:.0f} | {step[EQUAL] / measured:.2f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("data/completejourney"))
+    parser.add_argument("--blocks", type=int, default=9)
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for slower in (1, 2, 3):
+        report(slower, run_ranks(time_steps, 2, arguments.config, arguments.data, slower, arguments.blocks,
+                                 timeout_s=600)[0])
+    print("\n" + provenance(f"python -m benchmarks.bench_shares {arguments.config}", "torch", "torchrec"))
+
+
+if __name__ == "__main__":
+    main()
