@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.bench_schedule
 """
 
+import multiprocessing
 import statistics
 import time
 from typing import Any
@@ -20,24 +21,27 @@ SEEDS = (0, 1, 2)
 
 def draw(cluster: Cluster, seed: int, **settings: Any) -> Workload:
     speeds = {name: speed for name, speed in {"v100": 1.0, "p100": 0.5, "t4": 0.35}.items() if name in cluster.devices}
-    return Workload(**{"num_jobs": 300, "load": 1.0, "speeds": speeds, "seed": seed, **settings})
+    return Workload(**{"num_jobs": 300, "load": 0.9, "speeds": speeds, "seed": seed, **settings})
 
 
-def row(title: str, cluster: Cluster, pause_s: float = 10.0, settle_s: float = 60.0, **settings: Any) -> None:
-    """Mean hours by policy and gang scheduling's over EasyScale's, medians over the seeds, with their range."""
-    means = {policy: [] for policy in POLICIES}  # type: dict[str, list[float]]
-    held = {policy: [] for policy in POLICIES}  # type: dict[str, list[float]]
-    for seed in SEEDS:
-        jobs = sorted(draw_jobs(draw(cluster, seed, **settings), cluster), key=lambda job: job.arrival_s)
-        for policy in POLICIES:
-            found = measure(simulate(cluster, jobs, policy, pause_s, settle_s))
-            means[policy].append(found["mean_s"] / 3600)
-            held[policy].append(found["held"])
-    ratios = sorted(gang / own for gang, own in zip(means["gang"], means["easyscale"], strict=True))
-    alike = statistics.median(gang / own for gang, own in zip(means["gang"], means["homogeneous"], strict=True))
-    print(f"| {title} | " + " | ".join(f"{statistics.median(means[policy]):.1f}" for policy in POLICIES)
-          + f" | {alike:.1f} | {ratios[1]:.1f} | {ratios[0]:.1f} to {ratios[-1]:.1f} | "
-          + f"{statistics.median(held['gang']):.0%} / {statistics.median(held['easyscale']):.0%} |", flush=True)
+def means(arguments: tuple[Cluster, Workload, float]) -> list[tuple[float, float]]:
+    """(mean hours, part of the devices held) of each policy."""
+    cluster, workload, pause_s = arguments
+    jobs = sorted(draw_jobs(workload, cluster), key=lambda job: job.arrival_s)
+    found = [measure(simulate(cluster, jobs, policy, pause_s, 60.0)) for policy in POLICIES]
+    return [(each["mean_s"] / 3600, each["held"]) for each in found]
+
+
+def row(title: str, cluster: Cluster, pause_s: float = 10.0, **settings: Any) -> None:
+    """Medians over the seeds, and the range of gang scheduling's mean over EasyScale's."""
+    with multiprocessing.Pool(len(SEEDS)) as pool:
+        found = pool.map(means, [(cluster, draw(cluster, seed, **settings), pause_s) for seed in SEEDS])
+    hours = [statistics.median(each[i][0] for each in found) for i in range(len(POLICIES))]
+    held = [statistics.median(each[i][1] for each in found) for i in (0, 3)]
+    ratios = [sorted(each[0][0] / each[i][0] for each in found) for i in (2, 3)]
+    print(f"| {title} | " + " | ".join(f"{each:.1f}" for each in hours)
+          + "".join(f" | {each[len(each) // 2]:.1f}" for each in ratios)
+          + f" | {ratios[1][0]:.1f} to {ratios[1][-1]:.1f} | {held[0]:.0%} / {held[1]:.0%} |", flush=True)
 
 
 def head(title: str) -> None:
@@ -46,22 +50,21 @@ def head(title: str) -> None:
 
 
 def main() -> None:
-    head("load, 300 jobs on 64 devices of three types")
-    for kind in ("poisson", "trace"):
-        for load in (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5):
-            row(f"{kind} {load}", MIXED, kind=kind, load=load)
-    head("one assumption changed: trace, load 0.9")
-    row("none", MIXED, kind="trace", load=0.9)
-    row("100 jobs", MIXED, kind="trace", load=0.9, num_jobs=100)
-    row("1,000 jobs", MIXED, kind="trace", load=0.9, num_jobs=1000)
-    row("64 devices alike", ALIKE, kind="trace", load=0.9)
-    row("all jobs of W = 1", MIXED, kind="trace", load=0.9, sizes={1: 1.0})
-    row("W = 4, 8, 16 alone", MIXED, kind="trace", load=0.9, sizes={4: 0.4, 8: 0.3, 16: 0.3})
-    row("exchange 1 % a device", MIXED, kind="trace", load=0.9, exchange=0.01)
-    row("exchange 5 % a device", MIXED, kind="trace", load=0.9, exchange=0.05)
-    row("pause 0 s", MIXED, kind="trace", load=0.9, pause_s=0.0)
-    row("pause 300 s", MIXED, kind="trace", load=0.9, pause_s=300.0)
-    row("durations alike", MIXED, kind="poisson", load=0.9, sigma=0.0)
+    for num_jobs, loads in ((300, (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5)), (1000, (0.5, 0.7, 0.9, 1.1))):
+        head(f"load, {num_jobs:,} jobs")
+        for kind in ("poisson", "trace"):
+            for load in loads:
+                row(f"{kind} {load}", MIXED, kind=kind, load=load, num_jobs=num_jobs)
+    head("trace, 300 jobs, load 0.9, one assumption changed")
+    row("none", MIXED, kind="trace")
+    row("64 devices alike", ALIKE, kind="trace")
+    row("all of W = 1", MIXED, kind="trace", sizes={1: 1.0})
+    row("W = 4, 8, 16", MIXED, kind="trace", sizes={4: 0.4, 8: 0.3, 16: 0.3})
+    row("exchange 1 % a device", MIXED, kind="trace", exchange=0.01)
+    row("exchange 5 % a device", MIXED, kind="trace", exchange=0.05)
+    row("pause 300 s", MIXED, kind="trace", pause_s=300.0)
+    row("sigma 2", MIXED, kind="trace", sigma=2.0)
+    row("all durations equal", MIXED, kind="poisson", sigma=0.0)
     print("\n| jobs | devices | kind | policy | processor s | placements |\n" + 6 * "|---" + "|")
     large = Cluster(devices={"v100": 512, "p100": 256, "t4": 256})
     for kind in ("poisson", "trace"):

@@ -12,6 +12,10 @@ import torch
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - nothing is written there
 
+# The environment variables by which MKL, oneDNN and FBGEMM are told to work as on another processor.
+KERNEL_SETTINGS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
+                   "FBGEMM_ENABLE_INSTRUCTIONS", "FBGEMM_NO_ASMJIT")
+
 
 def num_cores() -> int:
     """Cores this process may use (affinity and cgroup quota, not what the host has)."""
@@ -72,9 +76,18 @@ def installed_version(package: str) -> str | None:
 
 
 def numerics(device: torch.device) -> dict[str, Any]:
-    """What the bits of a computation depend on beside its inputs: kernels, and how many threads share them."""
-    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {"torch": str(torch.__version__), "processor": processor, "threads": torch.get_num_threads()}
+    """What the bits of a computation depend on beside its inputs: kernels, and how many threads share them.
+
+    Libraries choose kernels by the processor's maker and model too, and some let the environment choose.
+    """
+    kind = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        return {**kind, "processor": torch.cuda.get_device_name(device)}
+    models = (line.partition(":")[2].strip() for line in _read(Path("/proc/cpuinfo")).splitlines()
+              if line.startswith("model name"))
+    model = next(models, platform.machine())
+    chosen = " ".join(f"{name}={os.environ[name]}" for name in KERNEL_SETTINGS if name in os.environ)
+    return {**kind, "processor": f"{model} ({torch.backends.cpu.get_cpu_capability()})", "kernels": chosen or "default"}
 
 
 def _read(path: Path) -> str:

@@ -194,12 +194,17 @@ def test_what_strict_refuses_really_differs(shop: Path, tmp_path: Path) -> None:
     assert difference[0] <= 2
 
 
-def test_a_strict_run_is_not_continued_with_other_threads(shop: Path, tmp_path: Path,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_strict_run_is_not_continued_with_other_threads_or_kernels(shop: Path, tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     run_ranks(train_rank, 1, tmp_path / "run", shop, COMMON, 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     with pytest.raises(RankFailure, match=r"CheckpointError: elastic\.strict promises.*threads was 1, is 2.*or set"):
         run_ranks(train_rank, 1, tmp_path / "run", shop, COMMON)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    with pytest.raises(RankFailure, match=r"kernels was default, is MKL_CBWR=COMPATIBLE: continue as the run"):
+        run_ranks(train_rank, 1, tmp_path / "run", shop, COMMON)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     # To read it is not to continue it.
     assert run_ranks(evaluate_rank, 2, tmp_path / "run")[0]["step"] == 1
     run_ranks(train_rank, 1, tmp_path / "run", shop, (*COMMON, "elastic.strict=false"), 2)
