@@ -94,7 +94,7 @@ class _Run:
         self.capacity = [(0.0, i, count) for i, count in enumerate(cluster.devices.values())]
         self.capacity += [(each.at_s, types.index(each.type), each.count)
                           for each in sorted(cluster.changes, key=lambda each: each.at_s)]
-        self.events = [(at, _CAPACITY, i, count) for at, i, count in self.capacity[len(types):]]
+        self.events = [(self.capacity[i][0], _CAPACITY, i, 0) for i in range(len(types), len(self.capacity))]
         self.events += [(job.arrival_s, _ARRIVAL, i, 0) for i, job in enumerate(jobs)]
         heapq.heapify(self.events)
 
@@ -112,7 +112,7 @@ class _Run:
 
     def handle(self, kind: int, index: int, value: int) -> None:
         if kind == _CAPACITY:
-            self.change_capacity(index, value)
+            self.change_capacity(*self.capacity[index][1:])
         elif kind == _ARRIVAL:
             insort(self.waiting, index)
         elif self.jobs[index].version == value:
