@@ -251,7 +251,7 @@ def what_if(name: str, values: Sequence[str], series: Mapping[str, Sequence[floa
 
 
 def gantt(name: str, bars: Sequence[tuple[int, float, float, int]], bands: Sequence[tuple[str, int]], end: float,
-          labels: Sequence[tuple[float, float, str]] = ()) -> str:
+          labels: Sequence[tuple[float, float, str]] = ()) -> Markup:
     """Who holds which row when: ``bars`` of (row, from, to, colour from 0), in hours; ``bands`` of (title, rows).
 
     One path for each colour, so that ten thousand bars stay one page. ``labels``: (row, hour, text).

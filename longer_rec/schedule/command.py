@@ -69,7 +69,7 @@ def run_schedule(path: Path, overrides: Sequence[str], out: Path) -> None:
         raise ConfigError(f"cannot write --out {out}: {error.strerror}; give another directory") from None
     write_page(out / "schedule.html", "schedule.html.j2", title=simulation.name, about=f"{len(jobs)} jobs on {devices}",
                table={"head": [(name, name != "policy") for name in _COLUMNS], "rows": rows},
-               charts=[(outcome.policy, _caption(outcome), Markup(_gantt(outcome, simulation, end)))  # noqa: S704
+               charts=[(outcome.policy, _caption(outcome), _gantt(outcome, simulation, end))
                        for outcome in outcomes])
     console.print(f"page: {out / 'schedule.html'}", soft_wrap=True)
 
@@ -109,7 +109,7 @@ def _caption(outcome: Outcome) -> str:
     return f"Devices over time, {len(outcome.segments):,} placements of {len(outcome.jobs):,} jobs"
 
 
-def _gantt(outcome: Outcome, simulation: Simulation, end_s: float) -> str:
+def _gantt(outcome: Outcome, simulation: Simulation, end_s: float) -> Markup:
     """At most 128 devices, as many of each type as its part of the cluster is."""
     most = {i: max(count for _, kind, count in outcome.capacity if kind == i) for i in range(len(
         simulation.cluster.devices))}
