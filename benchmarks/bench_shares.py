@@ -25,6 +25,7 @@ from longer_rec.batch import RequestBatch
 from longer_rec.config import load_config
 from longer_rec.data.history import open_dataset
 from longer_rec.data.loader import TrainLoader
+from longer_rec.elastic.assignment import ElasticConfig
 from longer_rec.job import Job
 from longer_rec.runtime.distributed import joined_world
 from longer_rec.schedule.devices import best_share
@@ -56,16 +57,16 @@ class Clocked(Trainer):
         return result
 
 
-def time_steps(rank: int, size: int, config: Path, data: Path, slower: int, blocks: int) -> Seconds:
+def time_steps(rank: int, size: int, config: Path, overrides: list[str], slower: int, blocks: int) -> Seconds:
     """By shares: for each block the seconds of a step of the busiest process, and those of each process' tower."""
     prepare_process()
-    dataset = open_dataset(data, verify=False)
+    base = load_config(Job, config, ["run_dir=unused", "data.loader_processes=0", *overrides])
+    dataset = open_dataset(base.data.dir, verify=False)
     with joined_world() as world:
         found: Seconds = defaultdict(list)
         trainers = {}
         for shares in SHARES:
-            job = load_config(Job, config, ["run_dir=unused", f"data.dir={data}", "data.loader_processes=0",
-                                            f"elastic.num_workers={W}", f"elastic.shares={list(shares)}"])
+            job = base.model_copy(update={"elastic": ElasticConfig(num_workers=W, shares=shares)})
             trainers[shares] = Clocked(job, dataset, world, parallelize(job, dataset, world), W)
             trainers[shares].times = slower if rank == 1 else 1
         for block in range(blocks + 1):
@@ -103,13 +104,13 @@ def report(slower: int, found: Seconds) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--data", type=Path, default=Path("data/completejourney"))
+    parser.add_argument("overrides", nargs="*", help="settings on top")
     parser.add_argument("--blocks", type=int, default=9)
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for slower in (2, 3):
-        report(slower, run_ranks(time_steps, 2, arguments.config, arguments.data, slower, arguments.blocks,
-                                 timeout_s=600)[0])
+        report(slower, run_ranks(time_steps, 2, arguments.config, arguments.overrides, slower, arguments.blocks,
+                                 timeout_s=1500)[0])
     print("\n" + provenance(f"python -m benchmarks.bench_shares {arguments.config}", "torch", "torchrec"))
 
 

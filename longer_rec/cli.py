@@ -196,7 +196,7 @@ def schedule(
         metavar="JOBS [KEY.SUB=VALUE]...", help="YAML file and settings on top; with --job, TYPE=COUNTxRATE of each "
                                                 "device type, such as v100=2x3.1 (mini-batches a second)")],
     job: Annotated[int | None, typer.Option(
-        metavar="W", help="only share this many logical workers out to the devices of one job")] = None,
+        metavar="W", min=1, help="only share this many logical workers out to the devices of one job")] = None,
     out: Annotated[Path, typer.Option(help="directory for schedule.json and schedule.html")] = Path("schedule"),
 ) -> None:
     """Who trains when on a shared cluster, simulated under several policies; or one job's shares of its devices."""
