@@ -142,7 +142,7 @@ def plan(
         metavar="CONFIG [KEY.SUB=VALUE]...", help="YAML file and settings on top; with --diff, two plan files")],
     topology: Annotated[list[str] | None, typer.Option(
         help="machines, such as 8x80GB, 16xH100, 64x80GB:local=8,host=1TB,inter=50GB/s, or auto; repeatable")] = None,
-    proposer: Annotated[str, typer.Option(help="greedy, uniform, grid, dynamic; with commas")] = "greedy,uniform,grid",
+    proposer: Annotated[str, typer.Option(help="greedy, uniform; with commas")] = "greedy,uniform",
     partitioner: Annotated[str, typer.Option(help="perf, memory; with commas")] = "perf,memory",
     sweep: Annotated[list[str] | None, typer.Option(
         help="what if: gpus=8,16, hbm=40GB,80GB, batch=, L=, rows=, kernels=, constraints=; at most two")] = None,
@@ -150,30 +150,23 @@ def plan(
     out: Annotated[Path, typer.Option(help="directory for plan.json and plan.html")] = Path("plan"),
     calibration: Annotated[Path | None, typer.Option(help="constants that --calibrate has fitted")] = None,
     calibrate: Annotated[str | None, typer.Option(
-        metavar="RANKS", help="run a few steps here on, say, 1,2,4 ranks: predicted beside measured")] = None,
+        metavar="RANKS", help="run a few steps here on, say, 1,2 ranks: predicted beside measured")] = None,
     diff: Annotated[bool, typer.Option("--diff", help="what differs between two plan files")] = False,
 ) -> None:
     """Sharding plans for machines that are not there; exit code 1 when one of them has no plan."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from longer_rec.config import load_config
     from longer_rec.plan.command import Request, calibrate_job, diff_plans, plan_job
-    from longer_rec.plan.scenario import Constants
 
     if diff:
-        if len(configs) != 2:
-            raise ConfigError(f"--diff compares two plan files, {len(configs)} are given")
-        typer.echo("\n".join(diff_plans(*map(Path, configs))))
+        typer.echo("\n".join(diff_plans(configs)))
         return
-    request = Request(topology or ["auto"], proposer.split(","), partitioner.split(","), sweep or (), constrain or (),
-                      out, load_config(Constants, calibration) if calibration else Constants())
     job = _load_job(Path(configs[0]), configs[1:])
     if calibrate is not None:
         from longer_rec.train.measure import measure_job
 
-        if not all(number.isdigit() and int(number) for number in calibrate.split(",")):
-            raise ConfigError(f"--calibrate={calibrate} is not a list of numbers of ranks; use such as 1,2,4")
-        calibrate_job(job, [int(number) for number in calibrate.split(",")], out, measure_job)
-    elif not plan_job(job, request):
+        calibrate_job(job, calibrate, out, measure_job)
+    elif not plan_job(job, Request(topology or ["auto"], proposer, partitioner, sweep or (), constrain or (), out,
+                                   calibration)):
         raise typer.Exit(1)
 
 
@@ -234,7 +227,7 @@ def _check_ranks(data: Path | None) -> "list[Check]":
     from longer_rec.runtime.cluster_check import check_cluster
     from longer_rec.runtime.distributed import joined_world
 
-    with joined_world(timeout_s=60) as world:
+    with joined_world(timeout_s=60, remedy="see docs/clusters.md, and ask the doctor again") as world:
         return check_cluster(world, None if data is None else lambda: read_manifest(data)["fingerprint"][:12])
 
 

@@ -7,7 +7,6 @@ import pydantic
 import torch
 
 from longer_rec.config import Config, apply_overrides, build_config
-from longer_rec.data.history import Dataset
 from longer_rec.data.loader import DataConfig
 from longer_rec.elastic.assignment import ElasticConfig
 from longer_rec.model.inputs import InputWidths
@@ -115,15 +114,6 @@ def build_ranker(job: Job, schema: Schema, device: torch.device) -> Ranker:
     tower = build_tower(job.model, input_widths(schema, job), len(schema.tasks), job.data.max_events).to(device)
     apply_recompute(tower, job.train.recompute)
     return Ranker(schema, tables, tower)
-
-
-def ids_per_request(dataset: Dataset, max_events: int) -> dict[str, float]:
-    """Mean number of ids a request looks up, by key, from the data's own counts: what the planner weighs tables by."""
-    summary = dataset.summary
-    candidates = sum(summary["candidates"].values()) / max(1, sum(summary["requests"].values()))
-    history = min(max_events, summary["history_length"]["mean"])
-    return {**{f"history.{feature.name}": history for feature in dataset.schema.history_features},
-            **{f"candidates.{feature.name}": candidates for feature in dataset.schema.item_features}}
 
 
 def input_widths(schema: Schema, job: Job) -> InputWidths:

@@ -34,6 +34,7 @@ from longer_rec.checkpoint.manifest import (
 from longer_rec.checkpoint.tensors import Staging, describe, flatten, read_tensors, write_tensors
 from longer_rec.errors import CheckpointError
 from longer_rec.runtime.digest import join_digests, local_digests
+from longer_rec.runtime.distributed import gather, num_ranks, on_all, on_main, own_rank
 
 ValueT = TypeVar("ValueT")
 LATEST = "LATEST"
@@ -156,9 +157,9 @@ class CheckpointManager:
 
     def _fill(self, path: Path, manifest: Manifest, state: Mapping[str, Any]) -> dict[str, Any]:
         tensors = flatten(state)
-        _check_keys(path, manifest.tensors, _union(_gather(describe(tensors))))
+        _check_keys(path, manifest.tensors, _union(gather(describe(tensors))))
         read_tensors(path, tensors)
-        digests = join_digests(_gather(local_digests(tensors)))
+        digests = join_digests(gather(local_digests(tensors)))
         for key, digest in manifest.digests.items():
             if digests[key] != digest:
                 raise CheckpointError(f"{path}: tensor {key!r} was loaded with digest {digests[key]}, saved with "
@@ -172,7 +173,7 @@ class CheckpointManager:
         is a mistake and not an accident.
         """
         # Also those without a manifest: they had one when they got their name.
-        directories = _gather(self._directories())[0]
+        directories = gather(self._directories())[0]
         faults: dict[int, str] = {}
         for step, path in sorted(directories.items(), reverse=True):
             try:
@@ -180,7 +181,7 @@ class CheckpointManager:
             except CheckpointError as error:
                 faults[step] = str(error).removesuffix("; use another checkpoint")
                 continue
-            for damaged, fault in faults.items() if _rank() == 0 else ():
+            for damaged, fault in faults.items() if own_rank() == 0 else ():
                 _log.warning("checkpoint step-%d is passed over for step-%d: %s", damaged, step, fault)
             return path, self._fill(path, manifest, state)
         if faults:
@@ -190,9 +191,9 @@ class CheckpointManager:
 
     def _verify(self, path: Path) -> Manifest:
         """The manifest, once all files match it; the ranks share the reading."""
-        manifest = _everywhere(read_manifest, path)[0]
-        share = sorted(manifest.files.items())[_rank()::_size()]
-        faults = [fault for faults in _everywhere(damaged_files, path, share) for fault in faults]
+        manifest = on_all(_named(read_manifest, path))
+        share = sorted(manifest.files.items())[own_rank()::num_ranks()]
+        faults = [fault for faults in gather(on_all(_named(damaged_files, path, share))) for fault in faults]
         if faults:
             raise CheckpointError(f"{'; '.join(faults[:3])}; use another checkpoint")
         return manifest
@@ -201,16 +202,16 @@ class CheckpointManager:
                extra: dict[str, Any]) -> None:
         temporary = self._directory / f"step-{step}.tmp"
         try:
-            _on_rank_0(self._clear_temporary, temporary, group=self._group)
+            on_main(_named(self._clear_temporary, temporary), self._group)
             write_tensors(temporary, tensors, self._group)
-            files = _everywhere(_hash_own, temporary, group=self._group)
-            described, digests = zip(*_gather((entries, local_digests(tensors)), self._group), strict=True)
+            files = gather(on_all(_named(_hash_own, temporary), self._group), self._group)
+            described, digests = zip(*gather((entries, local_digests(tensors)), self._group), strict=True)
             manifest = Manifest(step=step, files=_union(files), tensors=_union(described),
                                 digests=join_digests(digests), extra=extra)
-            _on_rank_0(self._commit, temporary, manifest, group=self._group)
+            on_main(_named(self._commit, temporary, manifest), self._group)
         except CheckpointError as error:
             # No rank is writing any more. A full disk is not left fuller than it was.
-            if _rank() == 0:
+            if own_rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"saving step {step}: {error}; make room or repair the storage, then start again to "
                                   "continue from the checkpoint before") from None
@@ -251,49 +252,20 @@ class CheckpointManager:
                 shutil.rmtree(path)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def _named(function: Callable[..., ValueT], *arguments: Any) -> Callable[[], ValueT]:
+    """``function`` with its arguments, whose faults of files are ``CheckpointError`` and name the rank."""
+    def named() -> ValueT:
+        try:
+            return function(*arguments)
+        except (CheckpointError, OSError) as error:
+            raise CheckpointError(str(error) if num_ranks() == 1 else f"rank {own_rank()}: {error}") from None
 
-
-def _size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _gather(value: ValueT, group: dist.ProcessGroup | None = None) -> list[ValueT]:
-    """``value`` of every rank. Travels pickled between the ranks of one run, which trust each other."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * _size()
-    dist.all_gather_object(values, value, group)
-    return values
-
-
-def _everywhere(function: Callable[..., ValueT], *arguments: Any,
-                group: dist.ProcessGroup | None = None) -> list[ValueT]:
-    """What ``function`` returns on each rank; its first fault, raised on all of them."""
-    value, fault = None, None
-    try:
-        value = function(*arguments)
-    except (CheckpointError, OSError) as error:
-        fault = str(error)
-    outcomes = _gather((value, fault), group)
-    for rank, (_, problem) in enumerate(outcomes):
-        if problem is not None:
-            raise CheckpointError(problem if _size() == 1 else f"rank {rank}: {problem}")
-    return [value for value, _ in outcomes if value is not None]
-
-
-def _on_rank_0(function: Callable[..., None], *arguments: Any, group: dist.ProcessGroup | None) -> None:
-    def alone() -> None:
-        if _rank() == 0:
-            function(*arguments)
-
-    _everywhere(alone, group=group)
+    return named
 
 
 def _hash_own(temporary: Path) -> dict[str, FileEntry]:
-    own = {path.name: hash_file(path) for path in sorted(temporary.glob(f"__{_rank()}_*"))}
-    return {**own, ".metadata": hash_file(temporary / ".metadata")} if _rank() == 0 else own
+    own = {path.name: hash_file(path) for path in sorted(temporary.glob(f"__{own_rank()}_*"))}
+    return {**own, ".metadata": hash_file(temporary / ".metadata")} if own_rank() == 0 else own
 
 
 def _union(parts: Iterable[Mapping[str, ValueT]]) -> dict[str, ValueT]:

@@ -4,36 +4,22 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from longer_rec.data.history import Dataset
+from longer_rec.elastic.assignment import resolve_num_workers
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job
-from longer_rec.plan.scenario import Batch, Constants, Outcome, Scenario, solve
+from longer_rec.plan.scenario import Constants, Outcome, Scenario, solve
 from longer_rec.plan.show import Grid, make_grid
 from longer_rec.plan.topology import parse_topology
 from longer_rec.report.numbers import format_bytes
+from longer_rec.runtime import machine
+from longer_rec.runtime.profiling import Measured
 from longer_rec.sparse.planfile import save_plan
 
-
-class Measurement(Protocol):
-    """What measuring a job on some ranks gives; ``train.measure.Measured`` is one."""
-
-    @property
-    def seconds(self) -> dict[str, float]: ...
-    @property
-    def weights(self) -> list[int]: ...
-    @property
-    def optimizer(self) -> list[int]: ...
-    @property
-    def batches(self) -> list[list[Batch]]: ...
-    @property
-    def peaks(self) -> list[int]: ...
-
-
-Measure = Callable[[Job, int, int, Path], Measurement]
+Measure = Callable[[Job, int, int, Path], Measured]
 
 
 @dataclass(frozen=True)
@@ -41,7 +27,7 @@ class Compared:
     """One number of ranks: what was planned for it, and what was measured with that very plan."""
 
     outcome: Outcome
-    measured: Measurement
+    measured: Measured
 
     def bytes_of_tables(self) -> list[tuple[int, int]]:
         """(predicted, measured) weights and optimizer state of each rank."""
@@ -57,15 +43,21 @@ class Compared:
 
 def calibrate(job: Job, dataset: Dataset, measure: Measure, ranks: Sequence[int], num_steps: int) -> list[Compared]:
     """Plan for each number of ranks on this machine, and run a few steps by that plan."""
+    most = len(machine.gpus()) or machine.num_cores()
+    if not 1 <= min(ranks) <= max(ranks) <= most:
+        raise ConfigError(f"--calibrate {max(ranks)}: this machine has {most} cores or GPUs; use 1 to {most} ranks")
+    scenarios = []
+    for number in ranks:
+        # Steps 2 and on, of all workers: those that are timed.
+        num_workers = resolve_num_workers(job.elastic, number)
+        batches = range(2 * num_workers, (2 + num_steps) * num_workers)
+        scenarios.append(Scenario(job, dataset, parse_topology(f"{number}xauto"), batches=batches))
+        scenarios[-1].check()
     compared = []
     with tempfile.TemporaryDirectory(prefix="longer_rec-") as name:
         folder = Path(name)
-        for number in ranks:
-            machine = parse_topology(f"{number}xauto")
-            # Steps 2 and on, of all workers: those that are timed.
-            num_workers = job.elastic.num_workers or number
-            own = Scenario(job, dataset, machine, batches=range(2 * num_workers, (2 + num_steps) * num_workers))
-            outcome = solve(own)
+        for number, scenario in zip(ranks, scenarios, strict=True):
+            outcome = solve(scenario)
             if outcome.found.plan is None:
                 raise ConfigError(f"no plan fits {number} ranks of this machine; see what `longer-rec plan` says to "
                                   f"--topology {number}xauto")

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import pydantic
 import torch
 
 from longer_rec.config import Config
 from longer_rec.data.history import Dataset
-from longer_rec.data.order import sample_positions, sample_rows
+from longer_rec.data.workload import Batch, Workload, sample_workload
+from longer_rec.elastic.assignment import resolve_num_workers
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job, build_ranker, input_widths
 from longer_rec.model.flops import tower_flops
@@ -22,17 +22,14 @@ from longer_rec.ranker import Ranker
 from longer_rec.schema import Schema
 from longer_rec.sparse.optimizers import apply_table_optimizer
 from longer_rec.sparse.options import Choice, Hardware
-from longer_rec.sparse.search import Found, Space, build_space, find_plan
-from longer_rec.sparse.tables import TableConfig, find_collections, table_configs, widths
+from longer_rec.sparse.planner import named_types
+from longer_rec.sparse.search import TIMES, Found, Space, build_space, check_choices, find_plan
+from longer_rec.sparse.tables import TableConfig, every_table, widths
 
 KINDS = ("weights", "optimizer", "exchange", "rows", "activations", "dense")
-_SAMPLED_BATCHES = 32
 # Kept free: the CUDA context, NCCL's buffers, and what the allocator cannot use.
 _HEADROOM = 0.08
 _BACKWARD_PER_FORWARD = 2
-
-# History lengths and candidate counts of its requests.
-Batch = tuple[list[int], list[int]]
 
 
 class Constants(Config):
@@ -57,40 +54,9 @@ class Constants(Config):
 
 
 @dataclass(frozen=True)
-class Workload:
-    """Lengths of a sample of batches, in the order in which training reads them; histories are not cut yet."""
-
-    history_lengths: tuple[tuple[int, ...], ...]
-    candidate_counts: tuple[tuple[int, ...], ...]
-    user_ids: Mapping[str, float]
-
-    def cut(self, max_events: int) -> list[Batch]:
-        return [([min(length, max_events) for length in lengths], list(counts))
-                for lengths, counts in zip(self.history_lengths, self.candidate_counts, strict=True)]
-
-
-def sample_workload(dataset: Dataset, batch_requests: int, seed: int, batches: range) -> Workload:
-    """Batches of the job's sample stream, counted over all workers; reads lengths alone."""
-    train = dataset.split_rows("train")
-    row = np.concatenate([sample_rows(sample_positions(step, batch_requests), len(train), seed)[0]
-                          for step in batches]) + train.start
-    user = dataset.requests.take("user", row)
-    length = dataset.requests.take("event_end", row).astype(np.int64) - dataset.user_start.take("start", user)
-    count = dataset.requests.take("num_candidates", row).astype(np.int64)
-    count = count * (1 + (dataset.config.candidates.per_positive or 0))
-    user_ids = {}
-    for name, column in dataset.users.items():
-        lengths = np.ones(1) if column.offsets is None else np.diff(column.offsets)[user.astype(np.int64)]
-        user_ids[f"users.{name}"] = float(lengths.mean())
-    shape = (len(batches), batch_requests)
-    return Workload(tuple(map(tuple, length.reshape(shape).tolist())), tuple(map(tuple, count.reshape(shape).tolist())),
-                    user_ids)
-
-
-@dataclass(frozen=True)
 class Scenario:
-    """A job on a machine. ``row_factor`` scales every table; ``choices`` constrain tables by name; ``batches`` of
-    the data stand for all."""
+    """A job on a machine. ``row_factor`` scales every table; ``choices`` constrain tables by name; ``batches`` of the
+    data (None: the first) stand for all."""
 
     job: Job
     dataset: Dataset
@@ -98,29 +64,27 @@ class Scenario:
     constants: Constants = Constants()
     row_factor: float = 1.0
     choices: Mapping[str, Choice] = field(default_factory=dict)
-    batches: range = range(_SAMPLED_BATCHES)
-
-    def __post_init__(self) -> None:
-        if self.job.sparse.placement is not None:
-            raise ConfigError(f"sparse.placement={self.job.sparse.placement} goes by the memory of the machine that "
-                              "trains and is not planned for; add sparse.placement=null sparse.device_memory=null, and "
-                              "give kernels with --constrain, such as item=fused_uvm_caching")
+    batches: range | None = None
 
     def change(self, **changes: Any) -> "Scenario":
-        """With another batch, L, number of ranks, memory, tables; ``ConfigError`` as for the job itself."""
-        job, hardware = self.job, self.hardware
+        """With another batch, L, number of ranks, memory, tables."""
         data: dict[str, Any] = {name: changes.pop(name) for name in ("batch_requests", "max_events") if name in changes}
-        machine = {name: changes.pop(name) for name in ("world_size", "device_bytes") if name in changes}
-        if data:
-            job = job.model_copy(update={"data": job.data.model_copy(update=data)})
-        if machine:
-            hardware = replace(hardware, **machine)
-        return replace(self, job=job, hardware=hardware, **changes)
+        machine = {name: changes.pop(name) for name in ("world_size", "memory_bytes", "host_bytes") if name in changes}
+        return replace(self, job=self.job.model_copy(update={"data": self.job.data.model_copy(update=data)}),
+                       hardware=replace(self.hardware, **machine), **changes)
 
     def with_choice(self, tables: Iterable[TableConfig], **choice: Any) -> "Scenario":
         """With this said of these tables, beside what is said of them already."""
-        changed = {table.name: replace(self.choices.get(table.name, Choice()), **choice) for table in tables}
+        changed = {table.name: replace(self.allowed.get(table.name, Choice()), **choice) for table in tables}
         return replace(self, choices={**self.choices, **changed})
+
+    @cached_property
+    def allowed(self) -> Mapping[str, Choice]:
+        """``choices``, and the types that ``sparse.plan`` names."""
+        if self.job.sparse.plan == "auto":
+            return self.choices
+        return {**{name: Choice((kind,)) for name, kind in named_types(self.ranker, self.job.sparse).items()},
+                **self.choices}
 
     @cached_property
     def schema(self) -> Schema:
@@ -140,7 +104,7 @@ class Scenario:
     @property
     def tables(self) -> list[TableConfig]:
         """Every table of the model, as TorchRec describes it."""
-        return [table for each in find_collections(self.ranker).values() for table in table_configs(each)]
+        return [table for _, _, table in every_table(self.ranker)]
 
     @property
     def pooled_tables(self) -> set[str]:
@@ -148,13 +112,18 @@ class Scenario:
 
     @cached_property
     def workload(self) -> Workload:
-        return sample_workload(self.dataset, self.job.data.batch_requests, self.job.seed, self.batches)
+        more = {} if self.batches is None else {"batches": self.batches}
+        return sample_workload(self.dataset, self.job.data.batch_requests, self.job.data.max_events, self.job.seed,
+                               **more)
+
+    @property
+    def num_workers(self) -> int:
+        return self.job.elastic.num_workers or self.hardware.world_size
 
     @property
     def workers_per_rank(self) -> int:
         """Logical workers that the busiest rank hosts."""
-        num_workers = self.job.elastic.num_workers or self.hardware.world_size
-        return -(-num_workers // self.hardware.world_size)
+        return -(-self.num_workers // self.hardware.world_size)
 
     @property
     def batch_requests_per_rank(self) -> int:
@@ -163,13 +132,7 @@ class Scenario:
     @cached_property
     def ids_per_request(self) -> dict[str, float]:
         """Mean number of ids a request looks up, by key."""
-        batches = self.workload.cut(self.job.data.max_events)
-        num_requests = self.job.data.batch_requests * len(batches)
-        history = sum(sum(lengths) for lengths, _ in batches) / num_requests
-        candidates = sum(sum(counts) for _, counts in batches) / num_requests
-        return {**{f"history.{feature.name}": history for feature in self.schema.history_features},
-                **{f"candidates.{feature.name}": candidates for feature in self.schema.item_features},
-                **self.workload.user_ids}
+        return self.workload.ids_per_request(self.schema)
 
     def largest_activations(self, batches: Iterable[Batch]) -> dict[str, int]:
         """Bytes by part of the tower, of the batch that needs most; none for a baseline."""
@@ -183,15 +146,14 @@ class Scenario:
     @cached_property
     def activation_parts(self) -> dict[str, int]:
         """Bytes by part of the tower, of the sampled batch that needs most."""
-        largest = self.largest_activations(self.workload.cut(self.job.data.max_events))
+        largest = self.largest_activations(self.workload.batches)
         return {name: int(size * self.constants.activations) for name, size in largest.items()}
 
     @cached_property
     def fixed_bytes(self) -> dict[str, int]:
         """What every rank holds whatever the plan: looked-up rows, activations, and the tower with AdamW."""
         width = widths(self.schema, self.job.sparse)
-        pooled = {f"users.{feature.name}" for feature in self.schema.user_features if feature.multi_valued}
-        rows = sum((1.0 if key in pooled else self.ids_per_request.get(key, 1.0)) * columns * 4
+        rows = sum((1.0 if key.startswith("users.") else self.ids_per_request[key]) * columns * 4
                    for key, columns in width.items())
         # Weights, two moments, gradients; and of the reduction the workers' subtrees, what is sent and received.
         vectors = 4 + max(1, math.ceil(math.log2(self.workers_per_rank + 1))) + 2
@@ -216,15 +178,28 @@ class Scenario:
         """Of one rank's forward pass, on average over the sampled batches."""
         if not isinstance(self.job.model, TowerConfig):
             return 0.0
-        batches = self.workload.cut(self.job.data.max_events)
+        batches = self.workload.batches
         total = sum(tower_flops(self.job.model, input_widths(self.schema, self.job), len(self.schema.tasks), *batch)
                     .total for batch in batches)
         return total / len(batches) * self.workers_per_rank
 
+    def check(self) -> None:
+        """``ConfigError`` for all that can be known to be wrong without a search."""
+        sparse = self.job.sparse
+        if sparse.placement is not None:
+            raise ConfigError(f"sparse.placement={sparse.placement} goes by the memory of the machine that trains and "
+                              "is not planned for; add sparse.placement=null sparse.device_memory=null, and give "
+                              "kernels with --constrain, such as item=fused_uvm_caching")
+        if sparse.plan_path is not None:
+            raise ConfigError(f"sparse.plan={sparse.plan!r} would be a finished plan; plan searches for one: add "
+                              "sparse.plan=auto, or a sharding type")
+        resolve_num_workers(self.job.elastic, self.hardware.world_size)
+        check_choices(self.ranker, sparse, self.hardware, self.allowed, self.job.elastic.is_strict)
+
     def space(self) -> Space:
         """Every way to place the tables."""
         return build_space(self.ranker, self.job.sparse, self.hardware, self.batch_requests_per_rank,
-                           self.ids_per_request, self.reserved_bytes, self.choices, self.job.elastic.is_strict)
+                           self.ids_per_request, self.reserved_bytes, self.allowed, self.job.elastic.is_strict)
 
 
 @dataclass(frozen=True)
@@ -252,6 +227,10 @@ class Outcome:
         return sum(self.step_s.values()) if self.fits else math.nan
 
     @property
+    def requests_per_s(self) -> float:
+        return self.scenario.num_workers * self.scenario.job.data.batch_requests / self.total_s
+
+    @property
     def imbalance(self) -> float:
         """Fullest rank over the mean, of what the plan decides."""
         sizes = [sum(parts) for parts in zip(*(self.held[kind] for kind in KINDS[:3]), strict=True)]
@@ -265,12 +244,12 @@ def solve(scenario: Scenario, proposer: str = "greedy", partitioner: str = "perf
     found = find_plan(space, proposer, partitioner)
     num_ranks = scenario.hardware.world_size
     held = {kind: [scenario.fixed_bytes.get(kind, 0)] * num_ranks for kind in KINDS}
-    times = {name: [0.0] * num_ranks for name in ("forward", "forward_exchange", "backward", "backward_exchange")}
+    times = {name: [0.0] * num_ranks for name in TIMES}
     for shard in found.placed:
         for kind in KINDS[:3]:
             held[kind][shard.rank] += getattr(shard.size, kind)
         for name, values in times.items():
-            values[shard.rank] += getattr(shard, f"{name}_s")
+            values[shard.rank] += shard.seconds[name]
     terms = step_terms(scenario, {name: max(values) for name, values in times.items()})
     return Outcome(scenario, proposer, partitioner, found, held, terms, scenario.constants.seconds(terms))
 
@@ -281,7 +260,7 @@ def step_terms(scenario: Scenario, tables: Mapping[str, float]) -> dict[str, dic
     hardware, size = scenario.hardware, scenario.num_dense * 4
     num_ranks = hardware.world_size
     # Ranks that share a core wait for each other.
-    share = max(1.0, min(num_ranks, hardware.ranks_per_host) / hardware.cores) if hardware.cores else 1.0
+    share = max(1.0, hardware.local_size / hardware.cores) if hardware.cores else 1.0
     rounds = float(math.ceil(math.log2(num_ranks)))
     # TorchRec's estimator lets one rank pay for sending to itself.
     forward_exchange, backward_exchange = (tables[name] * (num_ranks > 1)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from longer_rec.plan.scenario import KINDS, Outcome
-from longer_rec.plan.whatif import Axis, Need, Remedy
+from longer_rec.plan.whatif import Need, Remedy, Sweep
 from longer_rec.report.numbers import MISSING, format_bytes, format_count, format_ranks
 from longer_rec.report.terminal import make_table
 
@@ -21,41 +21,51 @@ def make_grid(head: str, numeric: str, rows: Sequence[Sequence[str]], **more: An
 
 
 def print_grid(console: Console, title: str, grid: Grid) -> None:
-    head = dict(grid["head"])
-    table = make_table(title, list(head), [name for name in head if head[name]], space=1)
+    """Numbers are never cut; text folds where there is no room for it."""
+    table = make_table(None, [name for name, _ in grid["head"]], [name for name, numeric in grid["head"] if numeric],
+                       space=1 + (console.width > 100))
+    table.pad_edge, table.collapse_padding = False, True
+    for column, (_, numeric) in zip(table.columns, grid["head"], strict=True):
+        column.no_wrap, column.overflow = numeric, "fold"
     for number, row in enumerate(grid["rows"]):
         table.add_row(*map(escape, row), style="bold" if number == grid.get("own") else None)
-    console.print(table)
+    console.print(f"[bold]{title}[/]", table, sep="\n")
 
 
 def searches_grid(outcomes: Sequence[Outcome]) -> Grid:
     """Every search, the chosen one first."""
-    parts = outcomes[0].step_s.keys()
-    head = "proposer|partitioner|fullest rank|max/mean|step ms|" + "|".join(parts) + "|planned in|proposals|placed"
     rows = []
     for one in outcomes:
-        found, fits = one.found, one.fits
-        measures = [format_bytes(one.fullest), f"{one.imbalance:.2f}", _ms(one.total_s),
-                    *(_ms(one.step_s[part]) for part in parts)] if fits else ["no plan fits", *[MISSING] * 7]
-        rows.append([one.proposer, one.partitioner, *measures, f"{found.seconds:.2f} s",
-                     format_count(found.num_proposals), format_count(found.num_partitioned)])
-    return make_grid(head, head.partition("partitioner|")[2], rows, own=0)
+        found = one.found
+        measures = [format_bytes(one.fullest), f"{one.imbalance:.2f}", _ms(one.total_s), f"{found.seconds:.2f} s"] if (
+            one.fits) else ["no plan fits" if found.num_proposals else "proposed nothing", *[MISSING] * 3]
+        rows.append([one.proposer, one.partitioner, *measures, format_count(found.num_proposals),
+                     format_count(found.num_partitioned)])
+    numeric = "fullest rank|max/mean|step ms|planned in|proposals|placed"
+    return make_grid(f"proposer|partitioner|{numeric}", numeric, rows, own=0)
 
 
-def tables_grid(outcome: Outcome) -> Grid:
-    """The plan, largest table first; bytes of all its shards, times of its slowest."""
+def parts_grid(outcome: Outcome) -> Grid:
+    """Where the estimated time of a step goes."""
+    return make_grid("part|ms", "ms", [[part, _ms(seconds)] for part, seconds in outcome.step_s.items()])
+
+
+def tables_grids(outcome: Outcome) -> list[tuple[str, Grid]]:
+    """The plan, and what it costs: largest table first; bytes of all its shards, times of its slowest."""
     assert outcome.found.plan is not None
-    rows = []
+    plan, cost = [], []
     for table in sorted(outcome.found.plan.tables, key=lambda one: -one.weight_bytes):
         shards = [shard for shard in outcome.found.placed if shard.table == table.table]
         sizes = [sum(getattr(shard.size, kind) for shard in shards)
                  for kind in ("weights", "optimizer", "exchange", "host")]
-        times = [max(getattr(shard, name) for shard in shards)
-                 for name in ("forward_s", "forward_exchange_s", "backward_s", "backward_exchange_s")]
-        rows.append([table.table, format_count(table.rows), str(table.dim), table.sharding_type, table.kernel,
-                     format_ranks(table.ranks), *map(format_bytes, sizes), *map(_ms, times)])
-    numeric = "weights|optimizer|exchange|on host|fwd ms|fwd net|bwd ms|bwd net"
-    return make_grid(f"table|rows|dim|sharding|kernel|ranks|{numeric}", f"rows|dim|{numeric}", rows)
+        times = [max(shard.seconds[f"forward{what}"] + shard.seconds[f"backward{what}"] for shard in shards)
+                 for what in ("", "_exchange")]
+        plan.append([table.table, format_count(table.rows), str(table.dim), table.sharding_type, table.kernel,
+                     format_ranks(table.ranks)])
+        cost.append([table.table, *map(format_bytes, sizes), *map(_ms, times)])
+    numeric = "weights|optimizer|exchange|on host|lookup ms|net ms"
+    return [("Plan", make_grid("table|rows|dim|sharding|kernel|ranks", "rows|dim", plan)),
+            ("What its tables cost", make_grid(f"table|{numeric}", numeric, cost))]
 
 
 def bytes_grid(outcome: Outcome) -> Grid:
@@ -78,7 +88,7 @@ def needs_grid(needs: Sequence[Need], free: int) -> Grid:
     """What each table needs at least, and what there is for it."""
     rows = [[need.table, format_bytes(need.total), format_bytes(need.largest_shard), format_bytes(need.host),
              "too large for a rank" if need.largest_shard > free > 0 else ""] for need in needs]
-    return make_grid("table|needs|its largest shard|host memory|", "needs|its largest shard|host memory", rows)
+    return make_grid("table|needs|largest shard|on host|", "needs|largest shard|on host", rows)
 
 
 def remedies_grid(remedies: Sequence[Remedy]) -> Grid:
@@ -86,24 +96,24 @@ def remedies_grid(remedies: Sequence[Remedy]) -> Grid:
     return make_grid("change|fullest rank|step ms", "fullest rank|step ms", rows)
 
 
-def sweep_section(axes: Sequence[Axis], points: Sequence[tuple[tuple[str, ...], Outcome]]) -> dict[str, Any]:
+def sweep_section(sweep: Sweep, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """The table and the lines of a sweep; a line for each value of the second axis."""
-    names = [axis.name for axis in axes]
-    rows = [[*values, "yes" if one.fits else "no", format_bytes(one.fullest) if one.fits else MISSING,
-             format_bytes(one.scenario.hardware.device_bytes), _ms(one.total_s),
-             f"{one.imbalance:.2f}" if one.fits else MISSING]
+    points = [(values, one) for (values, _), one in zip(sweep.points, outcomes, strict=True)]
+    rows = [[*values, *([format_bytes(one.fullest), format_bytes(one.scenario.hardware.device_bytes), _ms(one.total_s),
+                         format_count(one.requests_per_s), f"{one.imbalance:.2f}"] if one.fits else
+                        ["no plan fits", format_bytes(one.scenario.hardware.device_bytes), *[MISSING] * 3])]
             for values, one in points]
     series: dict[str, list[Outcome]] = {}
     for values, one in points:
-        series.setdefault(f"{names[1]} {values[1]}" if len(names) > 1 else "", []).append(one)
+        series.setdefault(f"{sweep.names[1]} {values[1]}" if len(sweep.names) > 1 else "", []).append(one)
     limits = [[one.scenario.hardware.device_bytes for one in ones] for ones in series.values()]
+    numeric = "fullest rank|of|step ms|requests/s|max/mean"
     return {
-        "axis": " × ".join(names), "values": [value for value, _ in axes[0].values],
+        "axis": " × ".join(sweep.names), "values": list(dict.fromkeys(values[0] for values, _ in points)),
         "bytes": {name: [one.fullest if one.fits else math.nan for one in ones] for name, ones in series.items()},
         "ms": {name: [1000 * one.total_s for one in ones] for name, ones in series.items()},
         "limit": limits[0] if all(each == limits[0] for each in limits) else None,
-        "table": make_grid("|".join([*names, "fits", "fullest rank", "of", "step ms", "max/mean"]),
-                       "fullest rank|of|step ms|max/mean", rows)}
+        "table": make_grid("|".join([*sweep.names, numeric]), numeric, rows)}
 
 
 def _ms(seconds: float) -> str:

@@ -1,108 +1,104 @@
 """Comparing searches, asking "what if", and finding the smallest single change that makes a job fit."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from longer_rec.data.history import Dataset
 from longer_rec.errors import ConfigError
-from longer_rec.job import Job
 from longer_rec.model.longer import TowerConfig
 from longer_rec.plan.scenario import Outcome, Scenario, solve
-from longer_rec.plan.topology import parse_bytes
+from longer_rec.plan.topology import MAX_RANKS, check_ranks, parse_bytes
+from longer_rec.report.numbers import format_bytes
 from longer_rec.sparse.options import Choice, allowed_types, splittable
-from longer_rec.sparse.planfile import FLOAT_BYTES
-from longer_rec.sparse.search import KERNELS, PARTITIONERS, PROPOSERS, Space
-from longer_rec.sparse.tables import DIM_MULTIPLE, ShardingName
+from longer_rec.sparse.search import Space
+from longer_rec.sparse.tables import DIM_MULTIPLE
 
-_MAX_RANKS = 4096
-AXES = ("gpus", "hbm", "batch", "L", "rows", "kernels", "constraints")
+# Axes that are numbers: what they change, of which type, and the most that is planned for.
+_NUMBERS: Mapping[str, tuple[str, type[int] | type[float], int]] = {
+    "gpus": ("world_size", int, MAX_RANKS), "batch": ("batch_requests", int, 1 << 16),
+    "L": ("max_events", int, 1 << 20), "rows": ("row_factor", float, 1 << 20)}
+AXES = (*_NUMBERS, "hbm", "kernels", "constraints")
+# GPUs that are sold, in GiB.
+_GPU_GIB = (16, 24, 32, 40, 48, 64, 80, 96, 141, 180, 192, 288)
+
+
+def parse_list(option: str, text: str, known: Iterable[str] = ()) -> list[str]:
+    """Words between commas, each once and, where some are given, one of ``known``."""
+    words = text.split(",")
+    for word in words:
+        twice = words.count(word) > 1
+        if not word or twice or (known and word not in known):
+            raise ConfigError(f"{option} {text!r}: {word!r} is {'given twice' if twice else 'unknown'}; use "
+                              f"{' or '.join(known) or 'each value once'}")
+    return words
 
 
 def compare(scenario: Scenario, proposers: Sequence[str], partitioners: Sequence[str]) -> list[Outcome]:
     """Every proposer with every partitioner over one search space; the best first, ties as they were asked for.
 
     The best is the one that fits with the shortest step, to a part in a thousand, then with the least on its fullest
-    rank. A grid search of too many combinations proposes nothing, and is last.
+    rank.
     """
-    for name, known in [*((one, PROPOSERS) for one in proposers), *((one, PARTITIONERS) for one in partitioners)]:
-        if name not in known:
-            raise ConfigError(f"{name!r} is unknown; use {', '.join(known)}")
     space = scenario.space()
     outcomes = [solve(scenario, proposer, partitioner, space) for proposer in proposers for partitioner in partitioners]
     return sorted(outcomes, key=lambda one: (not one.fits, float(f"{one.total_s:.3g}") if one.fits else 0, one.fullest))
 
 
 @dataclass(frozen=True)
-class Axis:
-    """One ``--sweep``: the name, and each value as text with the change it makes."""
+class Sweep:
+    """The axes of ``--sweep``, and for each combination of their values the scenario that it asks for."""
 
-    name: str
-    values: tuple[tuple[str, Callable[[Scenario], Scenario]], ...]
-
-
-def parse_axis(text: str, scenario: Scenario) -> Axis:
-    """``gpus=8,16`` and its like; ``ConfigError`` for what is no axis or no value of it."""
-    name, _, tail = text.partition("=")
-    if name not in AXES or not tail:
-        raise ConfigError(f"--sweep {text!r} cannot be read; use one of {', '.join(AXES)} with values, such as "
-                          "gpus=8,16,32")
-    return Axis(name, tuple((value, _change(name, value, scenario)) for value in tail.split(",")))
+    names: tuple[str, ...]
+    points: tuple[tuple[tuple[str, ...], Scenario], ...]
 
 
-def _change(name: str, value: str, scenario: Scenario) -> Callable[[Scenario], Scenario]:
+def parse_sweep(texts: Sequence[str], scenario: Scenario) -> Sweep:
+    """``gpus=8,16`` and its like, one or two of them; ``ConfigError`` for any point that cannot be planned."""
+    pairs = [text.partition("=")[::2] for text in texts]
+    names = tuple(name for name, _ in pairs)
+    if len(names) > 2 or len(set(names)) < len(names):
+        raise ConfigError(f"--sweep {' --sweep '.join(texts)}: use one or two different axes")
+    for name, tail in pairs:
+        if name not in AXES or not tail:
+            raise ConfigError(f"--sweep '{name}={tail}' cannot be read; use one of {', '.join(AXES)} with values, such "
+                              "as gpus=8,16,32")
+    axes = [parse_list(f"--sweep {name}", tail) for name, tail in pairs]
+    points = []
+    for values in itertools.product(*axes):
+        changed = scenario
+        for name, value in zip(names, values, strict=True):
+            changed = _change(changed, name, value)
+        try:
+            changed.check()
+        except ConfigError as error:
+            raise ConfigError(f"--sweep {', '.join(map('='.join, zip(names, values, strict=True)))}: {error}") from None
+        points.append((values, changed))
+    return Sweep(names, tuple(points))
+
+
+def _change(scenario: Scenario, name: str, value: str) -> Scenario:
     where = f"--sweep {name}={value}"
     if name == "hbm":
-        size = parse_bytes(value, where)
-        return lambda one: one.change(device_bytes=size)
+        return scenario.change(memory_bytes=parse_bytes(value, where))
     if name == "kernels":
-        if value not in KERNELS:
-            raise ConfigError(f"{where} is no kernel; use one of {', '.join(KERNELS)}")
-        return lambda one: one.with_choice(one.tables, kernels=(value,))
-    if name == "constraints":
-        return lambda one: _of_types(one, value.split("+"))
+        return scenario.with_choice(scenario.tables, kernels=(value,))
+    if name == "constraints":  # for every table that is large enough for one of them
+        for table in scenario.tables:
+            types = splittable(value.split("+"), table.num_embeddings, scenario.hardware.world_size)
+            scenario = scenario.with_choice([table], sharding_types=types)
+        return scenario
+    key, convert, most = _NUMBERS[name]
     try:
-        number = float(value) if name == "rows" else int(value)
+        number = convert(value)
     except ValueError:
         number = 0
-    if number <= 0 or (name == "gpus" and number > _MAX_RANKS):
-        raise ConfigError(f"{where} is not a number that can be planned for; use one above 0"
-                          + f", up to {_MAX_RANKS}" * (name == "gpus"))
-    if name == "gpus":
-        if number > scenario.hardware.ranks_per_host and number % scenario.hardware.ranks_per_host:
-            raise ConfigError(f"{where} are not whole hosts of {scenario.hardware.ranks_per_host} ranks; use a "
-                              "multiple of that")
-        return lambda one: _with_ranks(one, int(number))
-    key = {"batch": "batch_requests", "L": "max_events", "rows": "row_factor"}[name]
-    return lambda one: one.change(**{key: number})
-
-
-def _with_ranks(scenario: Scenario, ranks: int) -> Scenario:
-    num_workers = scenario.job.elastic.num_workers
-    if num_workers is not None and ranks > num_workers:
-        raise ConfigError(f"{ranks} ranks have nothing to do for elastic.num_workers={num_workers} logical workers; "
-                          "use fewer ranks, or more workers")
-    return scenario.change(world_size=ranks)
-
-
-def _of_types(scenario: Scenario, types: list[str]) -> Scenario:
-    """These sharding types for every table that is large enough for one of them."""
-    ranks = scenario.hardware.world_size
-    for table in scenario.tables:
-        scenario = scenario.with_choice([table], sharding_types=tuple(splittable(types, table.num_embeddings, ranks)))
-    return scenario
-
-
-def sweep(scenario: Scenario, axes: Sequence[Axis]) -> Iterator[tuple[tuple[str, ...], Outcome]]:
-    """The values of each combination, and what a greedy search finds there."""
-    for combination in itertools.product(*(axis.values for axis in axes)):
-        changed = scenario
-        for _, change in combination:
-            changed = change(changed)
-        yield tuple(value for value, _ in combination), solve(changed)
+    if not 0 < number <= most:
+        raise ConfigError(f"{where} is not a number that can be planned for; use one above 0, up to {most}")
+    changed = scenario.change(**{key: number})
+    check_ranks(changed.hardware, where)
+    return changed
 
 
 @dataclass(frozen=True)
@@ -122,9 +118,8 @@ def needs(space: Space) -> list[Need]:
         sizes = space.sizes[id(option)]
         need = Need(option.name, sum(size.device for size in sizes), max(size.device for size in sizes),
                     sum(size.host for size in sizes))
-        if option.name not in least or (need.largest_shard, need.total) < (
-                least[option.name].largest_shard, least[option.name].total):
-            least[option.name] = need
+        old = least.get(option.name, need)
+        least[option.name] = min(old, need, key=lambda one: (one.largest_shard, one.total))
     return sorted(least.values(), key=lambda need: -need.total)
 
 
@@ -138,103 +133,86 @@ class Remedy:
 
 def remedies(scenario: Scenario) -> list[Remedy]:
     """The smallest change of each kind that makes the job fit, each verified by planning."""
-    found = []
-    for ladder in (_more_ranks, _column_splits, _offloads, _smaller_batches, _shorter_histories):
-        for text, changed in ladder(scenario):
-            outcome = solve(changed)
-            if outcome.fits:
-                found.append(Remedy(text, outcome))
-                break
-    return found
+    return [found for ladder in _ladders(scenario) if (found := _smallest(ladder)) is not None]
 
 
-_Ladder = Iterable[tuple[str, Scenario]]
+def _smallest(steps: Sequence[tuple[str, Scenario]]) -> Remedy | None:
+    """The first step that fits, where those after it fit too: in strides that double, then by halves."""
+    low, high, best = -1, 0, None  # low does not fit, high does or is not tried
+    while best is None and low < len(steps) - 1:
+        high = min(high, len(steps) - 1)
+        best = _tried(steps[high])
+        low, high = (low, high) if best else (high, 2 * high + 1)
+    while best is not None and high - low > 1:
+        middle = (low + high) // 2
+        if (found := _tried(steps[middle])) is not None:
+            best, high = found, middle
+        else:
+            low = middle
+    return best
 
 
-def _more_ranks(scenario: Scenario) -> _Ladder:
-    """Host by host at first, then in growing strides: within a tenth of the least number.
-
-    Begins where the tables, cut evenly, would fit; nothing where no number of ranks can help.
-    """
-    free = scenario.hardware.device_bytes - scenario.reserved_bytes
-    if free <= 0:
-        return
-    step, ranks = scenario.hardware.ranks_per_host, scenario.hardware.world_size
-    held = sum(table.num_embeddings * table.embedding_dim for table in scenario.tables) * FLOAT_BYTES
-    hosts = max(-(-ranks // step), -(-held // (free * step)) - 1)
-    most = min(_MAX_RANKS, 16 * max(ranks, hosts * step), scenario.job.elastic.num_workers or _MAX_RANKS)
-    while (hosts := hosts + max(1, hosts // 10)) * step <= most:
-        yield f"{hosts * step} ranks instead of {ranks}", scenario.change(world_size=hosts * step)
+def _tried(step: tuple[str, Scenario]) -> Remedy | None:
+    text, changed = step
+    outcome = solve(changed)
+    return Remedy(text, outcome) if outcome.fits else None
 
 
-def _column_splits(scenario: Scenario) -> _Ladder:
-    """The largest table in narrower and narrower columns; nothing where column_wise is refused."""
-    largest = max(scenario.tables, key=lambda table: table.num_embeddings * table.embedding_dim)
-    if allowed_types(largest.name in scenario.pooled_tables, scenario.job.sparse,
-                     torch.device(scenario.hardware.device), scenario.job.elastic.is_strict)["column_wise"]:
-        return
-    columns = largest.embedding_dim if scenario.hardware.device_bytes > scenario.reserved_bytes else 0
-    while columns and columns % (2 * DIM_MULTIPLE) == 0:
-        columns //= 2
-        yield (f"table {largest.name!r} column_wise in shards of {columns} columns",
-               scenario.with_choice([largest], sharding_types=("column_wise",), kernels=(), min_columns=columns))
-
-
-def _offloads(scenario: Scenario) -> _Ladder:
-    """The largest table behind host memory, then two, four, ... of them, with a device cache and then without."""
-    if scenario.hardware.device == "cpu" or scenario.hardware.device_bytes <= scenario.reserved_bytes:
-        return
+def _ladders(scenario: Scenario) -> Iterator[list[tuple[str, Scenario]]]:
+    """Changes of one kind, from small to large, each with its name."""
+    hardware, data = scenario.hardware, scenario.job.data
+    on_gpu, have = hardware.device == "cuda", hardware.device_bytes
+    fewest = scenario.job.model.fewest_events if isinstance(scenario.job.model, TowerConfig) else 1
+    for key, number, least in (("batch_requests", data.batch_requests, 1), ("max_events", data.max_events, fewest)):
+        step = max(1, number // 32)
+        yield [(f"data.{key}={size} instead of {number}", scenario.change(**{key: size}))
+               for size in (*range(number - step, least, -step), least) if size < number]
+    sizes = [size << 30 for size in _GPU_GIB] if on_gpu else [have * eighths // 8 for eighths in range(9, 129)]
+    yield [(f"{format_bytes(size)} on each device instead of {format_bytes(have)}",
+            scenario.change(memory_bytes=size)) for size in sizes if size > have]
+    if have <= scenario.reserved_bytes:
+        return  # no other place for the tables can help
+    most = min(MAX_RANKS, 64 * hardware.world_size, scenario.job.elastic.num_workers or MAX_RANKS)
+    yield [(f"{ranks} ranks instead of {hardware.world_size}", scenario.change(world_size=ranks))
+           for ranks in range(hardware.world_size + 1, most + 1)
+           if ranks <= hardware.ranks_per_host or ranks % hardware.ranks_per_host == 0]
     tables = sorted(scenario.tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
-    for count in [*(1 << power for power in range(len(tables).bit_length()) if 1 << power < len(tables)), len(tables)]:
+    columns = [columns for power in range(1, 8) for columns in [tables[0].embedding_dim >> power]
+               if columns << power == tables[0].embedding_dim and columns % DIM_MULTIPLE == 0]
+    if not allowed_types(tables[0].name in scenario.pooled_tables, scenario.job.sparse, torch.device(hardware.device),
+                         scenario.job.elastic.is_strict)["column_wise"]:
+        yield [(f"table {tables[0].name!r} column_wise in shards of {width} columns", scenario.with_choice(
+            tables[:1], sharding_types=("column_wise",), kernels=(), min_columns=width)) for width in columns]
+    if on_gpu:
+        names = [", ".join(table.name for table in tables[:count]) for count in (1, 2, 3)]
+        names += [f"the {count} largest tables" for count in range(4, len(tables) + 1)]
         for kernel in ("fused_uvm_caching", "fused_uvm"):
-            names = ", ".join(table.name for table in tables[:count]) if count <= 3 else f"the {count} largest tables"
-            yield f"{names} in host memory ({kernel})", scenario.with_choice(tables[:count], kernels=(kernel,))
-
-
-def _smaller_batches(scenario: Scenario) -> _Ladder:
-    return ((f"data.batch_requests={size} instead of {scenario.job.data.batch_requests}",
-             scenario.change(batch_requests=size)) for size in _halves(scenario.job.data.batch_requests))
-
-
-def _shorter_histories(scenario: Scenario) -> _Ladder:
-    model = scenario.job.model
-    least = model.fewest_events if isinstance(model, TowerConfig) else 1
-    return ((f"data.max_events={size} instead of {scenario.job.data.max_events}", scenario.change(max_events=size))
-            for size in _halves(scenario.job.data.max_events) if size >= least)
-
-
-def _halves(number: int) -> Iterator[int]:
-    """Three quarters, a half, three eighths, a quarter, ... down to 1."""
-    seen = number
-    for power in range(1, number.bit_length() + 1):
-        for size in (3 * number >> (power + 1), number >> power):
-            if 1 <= size < seen:
-                seen = size
-                yield size
-
-
-def configured_choices(job: Job, dataset: Dataset) -> dict[str, Choice]:
-    """The sharding types that ``sparse.plan`` names; none for "auto" and for a plan's path, which are what is asked."""
-    plan, schema = job.sparse.plan, dataset.schema
-    if not isinstance(plan, str):
-        return {table: Choice((name,)) for table, name in plan.items()}
-    used = {feature.table for feature in (*schema.history_features, *schema.item_features, *schema.user_features)}
-    return {table: Choice((plan,)) for table in used if plan in get_args(ShardingName)}
+            yield [(f"{name} in host memory ({kernel})", scenario.with_choice(tables[:count], kernels=(kernel,)))
+                   for count, name in enumerate(names[:len(tables)], start=1)]
+        on_host = hardware.host_bytes
+        yield [(f"{format_bytes(size)} on each host instead of {format_bytes(on_host)}",
+                scenario.change(host_bytes=size)) for size in range(on_host * 3 // 2, on_host * 16, on_host // 2)]
 
 
 def parse_constraints(texts: Sequence[str]) -> Mapping[str, Choice]:
     """``item=row_wise+fused_uvm`` and its like: sharding types, kernels and ``columns:N`` of one table."""
     choices: dict[str, Choice] = {}
     for text in texts:
-        table, separator, tail = text.partition("=")
-        if not separator or not tail:
-            raise ConfigError(f"--constrain {text!r} cannot be read; use TABLE=TYPE+KERNEL, such as "
-                              "item=row_wise+fused_uvm or item=column_wise+columns:16")
+        table, _, tail = text.partition("=")
         words = tail.split("+")
-        columns = next((word.removeprefix("columns:") for word in words if word.startswith("columns:")), None)
-        if columns is not None and (not columns.isdigit() or int(columns) < 1 or int(columns) % DIM_MULTIPLE):
-            raise ConfigError(f"--constrain {text!r}: columns:{columns} is not a positive multiple of {DIM_MULTIPLE}")
-        kernels = tuple(word for word in words if word.startswith("fused") or word in ("dense", "key_value"))
-        types = tuple(word for word in words if word not in kernels and not word.startswith("columns:"))
-        choices[table] = Choice(types, kernels, int(columns) if columns else None)
+        if not tail or table in choices or len(set(words)) < len(words):
+            raise ConfigError(f"--constrain {text!r} cannot be read, or says something twice; use each TABLE once as "
+                              "TABLE=TYPE+KERNEL, such as item=row_wise+fused_uvm or item=column_wise+columns:16")
+        choice = Choice()
+        for word in words:
+            columns = word.removeprefix("columns:")
+            if columns != word:
+                if not columns.isdecimal() or int(columns) < 1 or int(columns) % DIM_MULTIPLE:
+                    raise ConfigError(f"--constrain {text!r}: {word} is not a positive multiple of {DIM_MULTIPLE}")
+                choice = replace(choice, min_columns=int(columns))
+            elif word.startswith("fused") or word in ("dense", "key_value"):
+                choice = replace(choice, kernels=(*choice.kernels, word))
+            else:
+                choice = replace(choice, sharding_types=(*choice.sharding_types, word))
+        choices[table] = choice
     return choices

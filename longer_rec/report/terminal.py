@@ -1,5 +1,6 @@
 """What a run shows in a terminal: tables of the plan, the results and the machine, and the progress of training."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -35,7 +36,7 @@ _STATUS_STYLE: Final = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 def make_console() -> Console:
     """Standard output, as wide as the terminal, or wide enough for every table where it is a file or a pipe."""
-    return Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, highlight=False)
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _LOG_WIDTH, highlight=False)
 
 
 def plan_table(rows: Sequence[Row], console: Console | None = None) -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import longer_rec
 from longer_rec.errors import ConfigError, LongerRecError
-from longer_rec.runtime.distributed import World
+from longer_rec.runtime.distributed import World, gather
 from longer_rec.runtime.machine import installed_version, numerics
 
 _SIZES = {"latency": 4, "1 MiB": 1 << 20, "64 MiB": 1 << 26}
@@ -47,17 +47,14 @@ def check_cluster(world: World, data: Callable[[], str] | None = None) -> list[C
             facts["data"] = data()
         except LongerRecError as error:
             facts["data"], fault = "none that can be read", error
-    everyone: list[tuple[dict[str, str], LongerRecError | None]] = [({}, None)] * world.size
-    dist.all_gather_object(everyone, (facts, fault))
+    everyone: list[tuple[dict[str, str], LongerRecError | None]] = gather((facts, fault))
     faults = [other for _, other in everyone if other is not None]
     if len(faults) == world.size:
         raise faults[0]
     checks = [_check_pairs(world), *compare_facts([other for other, _ in everyone])]
     checks += [Check(f"data of rank {rank}", "fail", str(other)) for rank, (_, other) in enumerate(everyone) if other]
     dist.barrier()
-    times: list[float] = [0.0] * world.size
-    dist.all_gather_object(times, time.time())
-    checks.append(check_clocks(times))
+    checks.append(check_clocks(gather(time.time())))
     for name, operation in (("all-reduce", _all_reduce), ("all-to-all", all_to_all)):
         checks += [_measure(world, f"{name} {size}", operation, num_bytes) for size, num_bytes in _SIZES.items()]
     return checks

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -33,12 +33,12 @@ class World:
 
 
 @contextmanager
-def joined_world(timeout_s: float = 120.0) -> Iterator[World]:
+def joined_world(timeout_s: float = 120.0, remedy: str | None = None) -> Iterator[World]:
     """Join the processes that `longer-rec launch` or torchrun started, or be the only one; leave the group at the end.
 
     A group that the caller has joined already is used and left open. Every process group gets ``timeout_s``: gloo's own
     default of 30 minutes turns a dead rank into a hang. An operation of the group that fails, here or in the body,
-    raises ``RankLost``, which names the ranks that do not answer.
+    raises ``RankLost``, which names the ranks that do not answer, and ``remedy`` where this is no training.
     """
     rank, size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     local_rank, local_size = _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", 1)
@@ -59,7 +59,7 @@ def joined_world(timeout_s: float = 120.0) -> Iterator[World]:
     except BaseException as error:  # also torch's CheckpointException, which is no Exception
         if _is_from_group(error):
             # The group stays as it is: to leave it NCCL may wait for the lost rank, and this process ends anyway.
-            raise _rank_lost(roll_call, size, timeout_s, error) from error
+            raise _rank_lost(roll_call, size, timeout_s, error, remedy) from error
         _leave(roll_call)
         if (killed := _killed_helper(error)) is not None:
             raise RankLost(f"a process that loads data ended, for want of memory perhaps ({killed}); start again to "
@@ -122,8 +122,9 @@ def _killed_helper(error: BaseException) -> str | None:
                  if isinstance(each, RuntimeError) and str(each).startswith("DataLoader worker")), None)
 
 
-def _rank_lost(roll_call: RollCall | None, size: int, timeout_s: float, error: BaseException) -> RankLost:
-    again = "start again to continue from the last checkpoint"
+def _rank_lost(roll_call: RollCall | None, size: int, timeout_s: float, error: BaseException,
+               remedy: str | None) -> RankLost:
+    again = remedy or "start again to continue from the last checkpoint"
     heard = roll_call.ask() if roll_call is not None else {0: ""}
     if heard is None:
         return RankLost(f"rank 0 of {size}, which holds the rendezvous, does not answer: ended, stopped or out of "
@@ -134,8 +135,9 @@ def _rank_lost(roll_call: RollCall | None, size: int, timeout_s: float, error: B
                         f"{'do' if missing[1:] else 'does'} not answer: ended, stopped or out of reach; {again}")
     late = [f"rank {rank} is in {position}" for rank, position in sorted(heard.items()) if position]
     if late:
-        return RankLost(f"all {size} ranks answer, but not all came to an operation: {'; '.join(late)}; raise "
-                        f"train.timeout_s={timeout_s:g} if that may take so long, and {again}")
+        longer = "" if remedy else f"raise train.timeout_s={timeout_s:g} if that may take so long, and "
+        return RankLost(f"all {size} ranks answer, but not all came to an operation: {'; '.join(late)}; "
+                        f"{longer}{again}")
     return RankLost(f"all {size} ranks answer, but their connections broke ({' '.join(str(error).split())[:200]}); "
                     f"{again}")
 
@@ -154,25 +156,24 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def on_main(world: World, function: Callable[[], ResultT]) -> ResultT:
-    """What ``function`` returns on rank 0, on every rank; a fault it raises there is raised on every rank.
-
-    The result travels pickled between processes of one run, which trust each other.
-    """
-    message: list[object] = [None, None]
-    if world.is_main:
-        try:
-            message[0] = function()
-        except LongerRecError as error:
-            message[1] = error
-    dist.broadcast_object_list(message, src=0)
-    result, fault = message
-    if isinstance(fault, LongerRecError):
-        raise fault
-    return result  # type: ignore[return-value]
+def own_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def on_all(world: World, function: Callable[[], ResultT]) -> ResultT:
+def num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value: ResultT, group: dist.ProcessGroup | None = None) -> list[ResultT]:
+    """``value`` of every rank. Travels pickled between the processes of one run, which trust each other."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(values, value, group)
+    return values
+
+
+def on_all(function: Callable[[], ResultT], group: dist.ProcessGroup | None = None) -> ResultT:
     """What ``function`` returns here; when it raises a fault on any rank, every rank raises the first one.
 
     Without this a fault of one host, such as its damaged copy of the data, leaves the others waiting in vain.
@@ -182,9 +183,13 @@ def on_all(world: World, function: Callable[[], ResultT]) -> ResultT:
         result = function()
     except LongerRecError as error:
         fault = error
-    faults: list[LongerRecError | None] = [None] * world.size
-    dist.all_gather_object(faults, fault)
-    for raised in faults:
+    for raised in gather(fault, group):
         if raised is not None:
             raise raised
     return result
+
+
+def on_main(function: Callable[[], ResultT], group: dist.ProcessGroup | None = None) -> ResultT:
+    """What ``function`` returns on rank 0, on every rank; a fault it raises there is raised on every rank."""
+    result = on_all(lambda: function() if own_rank() == 0 else None, group)
+    return cast(ResultT, gather(result, group)[0])

@@ -3,8 +3,25 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A few steps: ``seconds`` of one by part, of the slowest rank; ``weights`` and ``optimizer`` bytes of the tables
+    by rank.
+
+    ``batches``: history lengths and candidate counts of each of rank 0's workers in each profiled step, and ``peaks``:
+    the most bytes that one of that step's forward and backward passes held at once.
+    """
+
+    seconds: dict[str, float]
+    weights: list[int]
+    optimizer: list[int]
+    batches: list[list[tuple[list[int], list[int]]]]
+    peaks: list[int]
 
 
 class StepClock:

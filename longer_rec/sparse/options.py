@@ -1,7 +1,7 @@
 """A machine, and what its tables may be: sharding types, kernels, and what a table comes to."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -20,17 +20,16 @@ SHARDING_TYPES: tuple[str, ...] = get_args(ShardingName)
 
 @dataclass(frozen=True)
 class Hardware:
-    """A cluster. Bytes are of one device (``device_bytes``, ``ssd_bytes``) or one host (``host_bytes``); rates are
-    bytes a second of one device in one direction, ``flops`` operations a second by precision, ``cores`` what the ranks
-    of a host share (0: each rank has its own processor)."""
+    """A cluster. ``ranks_per_host`` at most; ``memory_bytes`` of one device (0: a rank has its part of the host's),
+    ``host_bytes`` of one host; rates are bytes a second of one device in one direction, ``flops`` operations a second
+    by precision, ``cores`` what the ranks of a host share (0: each rank has its own processor)."""
 
     name: str
     world_size: int
     ranks_per_host: int
     device: Literal["cpu", "cuda"]
-    device_bytes: int
+    memory_bytes: int
     host_bytes: int
-    ssd_bytes: int
     intra_bw: float
     inter_bw: float
     device_bw: float
@@ -39,8 +38,16 @@ class Hardware:
     cores: int = 0
 
     @property
+    def local_size(self) -> int:
+        return min(self.world_size, self.ranks_per_host)
+
+    @property
     def host_bytes_per_rank(self) -> int:
-        return self.host_bytes // self.ranks_per_host
+        return self.host_bytes // self.local_size
+
+    @property
+    def device_bytes(self) -> int:
+        return self.memory_bytes or self.host_bytes_per_rank
 
     @property
     def network_bw(self) -> float:
@@ -100,11 +107,10 @@ def allowed_types(pooled: bool, config: SparseConfig, device: torch.device, stri
     return reasons
 
 
-def splittable(types: list[str], rows: int, world_size: int) -> list[str]:
+def splittable(types: Iterable[str], rows: int, world_size: int) -> tuple[str, ...]:
     """Without row-wise when its blocks would leave a rank empty."""
-    if math.ceil(rows / world_size) * (world_size - 1) < rows:
-        return types
-    return [name for name in types if name != "row_wise"]
+    fits = math.ceil(rows / world_size) * (world_size - 1) < rows
+    return tuple(name for name in types if fits or name != "row_wise")
 
 
 def state_bytes(optimizer: SparseOptimizerName, columns: int) -> int:

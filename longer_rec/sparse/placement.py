@@ -1,7 +1,7 @@
 """Which memory each table lives in: by how often its rows are looked up, and by what the machine has.
 
-Device memory, host memory behind a device cache, host memory alone, local SSD: FBGEMM's kernels ``fused``,
-``fused_uvm_caching``, ``fused_uvm`` and ``key_value``. All of it is arithmetic on counts; no GPU is needed to plan.
+Device memory, host memory behind a device cache, host memory alone: FBGEMM's kernels ``fused``, ``fused_uvm_caching``
+and ``fused_uvm``. All of it is arithmetic on counts; no GPU is needed to plan.
 """
 
 import math
@@ -43,7 +43,7 @@ class TableDemand:
     """One table as placement sees it: V rows, and for each the share of steps that look it up, ``fetches``.
 
     ``shares``: the part of the table that each rank holds, summing to 1. ``state_bytes`` of a row's optimizer state
-    stay on the device with any kernel but SSD when ``state_on_device``, as FBGEMM does with row-wise Adagrad's.
+    stay on the device with any kernel when ``state_on_device``, as FBGEMM does with row-wise Adagrad's.
     """
 
     fetches: Floats
@@ -122,10 +122,9 @@ def place_tables(demands: Mapping[str, TableDemand], device_bytes: int, host_byt
        it fits: ``fused``.
     4. Any other table whose places cover 10 % of its fetches or more is ``fused_uvm_caching``, with as large a cache as
        it has places; the rest, which give theirs back, are ``fused_uvm``.
-    5. Where host memory cannot hold what is not wholly on the device, the tables with the fewest fetches per byte move
-       to SSD (``key_value``) until it can.
 
-    ``ConfigError`` when state alone does not fit (rule 1).
+    ``ConfigError`` when state alone does not fit (rule 1), or when host memory cannot hold what is not wholly on the
+    device.
     """
     budget = _Budget(np.full(len(next(iter(demands.values())).shares), float(device_bytes)))
     for name, demand in demands.items():
@@ -138,18 +137,19 @@ def place_tables(demands: Mapping[str, TableDemand], device_bytes: int, host_byt
         if rows[name] < len(demands[name].fetches) and _coverage(demands[name], rows[name]) < MIN_COVERAGE:
             rows[name] = 0
             budget.take(name, demands[name].device_bytes(0), demands[name].shares)
-    on_ssd = _overflow(demands, rows, host_bytes)
-    return {name: _placement(demand, rows[name], name in on_ssd) for name, demand in demands.items()}
+    on_host = sum(np.asarray(demand.shares) * demand.host_bytes(rows[name]) for name, demand in demands.items())
+    if np.max(on_host) > host_bytes:
+        raise ConfigError(f"tables that {device_bytes} bytes of device memory cannot hold need {np.max(on_host):.0f} "
+                          f"bytes of host memory on a rank, there are {host_bytes}; use more ranks, more memory or "
+                          "smaller sparse.dims: tables on SSD cannot be trained here")
+    return {name: _placement(demand, rows[name]) for name, demand in demands.items()}
 
 
-def _placement(demand: TableDemand, rows: int, on_ssd: bool) -> Placement:
-    coverage = _coverage(demand, rows)
+def _placement(demand: TableDemand, rows: int) -> Placement:
     if rows == len(demand.fetches):
         return Placement("fused", None, 1.0)
     factor = math.floor(rows / len(demand.fetches) * 1e6) / 1e6 or None
-    if on_ssd:
-        return Placement("key_value", factor, coverage)
-    return Placement("fused_uvm_caching" if rows else "fused_uvm", factor, coverage)
+    return Placement("fused_uvm_caching" if rows else "fused_uvm", factor, _coverage(demand, rows))
 
 
 def _rows_on_device(demands: Mapping[str, TableDemand], budget: _Budget) -> dict[str, int]:
@@ -196,19 +196,6 @@ def _coverage(demand: TableDemand, rows: int) -> float:
     return float(demand.served[rows] / max(demand.served[-1], 1e-300))
 
 
-def _overflow(demands: Mapping[str, TableDemand], rows: Mapping[str, int], host_bytes: int) -> set[str]:
-    """Rule 5: the tables that leave host memory, coldest first."""
-    used = sum(np.asarray(demand.shares) * demand.host_bytes(rows[name]) for name, demand in demands.items())
-    on_ssd: set[str] = set()
-    for name in sorted(demands, key=lambda name: _density(demands[name])):
-        if np.max(used) <= host_bytes:
-            break
-        if rows[name] < len(demands[name].fetches):
-            used = used - np.asarray(demands[name].shares) * demands[name].host_bytes(rows[name])
-            on_ssd.add(name)
-    return on_ssd
-
-
 def place_equally(tables: Iterable[TableConfig], fetches: Mapping[str, Floats], config: SparseConfig,
                   world: World) -> dict[str, Placement]:
     """Placement before it is known which rank holds what: every rank an equal part of every table."""
@@ -219,10 +206,7 @@ def place_equally(tables: Iterable[TableConfig], fetches: Mapping[str, Floats], 
 
 def apply_placement(tables: Sequence[TablePlan], fetches: Mapping[str, Floats], config: SparseConfig,
                     world: World) -> list[TablePlan]:
-    """Tables that have their ranks, with the kernels that ``place_tables`` gives them; replicated ones keep theirs.
-
-    ``ConfigError`` when one would have to go to SSD.
-    """
+    """Tables that have their ranks, with the kernels that ``place_tables`` gives them; replicated ones keep theirs."""
     demands = {table.table: _demand(table.dim, fetches[table.table], _shares(table, world.size), config)
                for table in tables if table.shards}
     replicated = sum(table.weight_bytes + table.optimizer_bytes for table in tables if not table.shards)
@@ -248,15 +232,7 @@ def _place(demands: Mapping[str, TableDemand], config: SparseConfig, world: Worl
            replicated_bytes: int) -> dict[str, Placement]:
     host_bytes = memory_bytes() // world.local_size
     device_bytes = config.device_memory or _device_bytes(world, host_bytes)
-    places = place_tables(demands, device_bytes - replicated_bytes, host_bytes)
-    for name, place in places.items():
-        if place.kernel == "key_value":
-            why = ("which needs CUDA" if world.device.type == "cpu"
-                   else "where this package can neither start nor save a table")
-            raise ConfigError(f"table {name!r} of {demands[name].whole_bytes} bytes fits neither {device_bytes} bytes "
-                              f"of device nor {host_bytes} of host memory on each of {world.size} ranks; it would go "
-                              f"to SSD, {why}: use more ranks or smaller sparse.dims")
-    return places
+    return place_tables(demands, device_bytes - replicated_bytes, host_bytes)
 
 
 def _device_bytes(world: World, host_bytes: int) -> int:

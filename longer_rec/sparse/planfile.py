@@ -14,11 +14,13 @@ from torchrec.distributed.types import (
     ShardMetadata,
 )
 
-from longer_rec.config import Config, build_config
+from longer_rec.config import Config, build_config, config_hash
 from longer_rec.errors import ConfigError
 from longer_rec.sparse.tables import CachePolicy, ShardingName
 
 FLOAT_BYTES = 4
+# Fields of a table that a comparison tells.
+_TOLD = frozenset(("rows", "dim", "pooled", "sharding_type", "kernel", "ranks", "cache_load_factor", "cache_policy"))
 
 
 class Shard(Config):
@@ -102,8 +104,31 @@ def load_plan(path: Path) -> SparsePlan:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"sparse.plan={str(path)!r} cannot be read: {error}; give \"auto\", a sharding type, or the "
-                          "path of a plan.json") from None
+        raise ConfigError(f"plan {str(path)!r} cannot be read: {error}; give the path of a plan.json") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not a plan; plans are written to plan.json")
     return build_config(SparsePlan, content, str(path))
+
+
+def plan_hash(plan: SparsePlan) -> str:
+    """Twelve digits that change with everything a plan says."""
+    return config_hash(plan)[:12]
+
+
+def plan_differences(first: SparsePlan, second: SparsePlan) -> list[str]:
+    """A line for each thing that differs; none for plans that do the same."""
+    old, new = ({**{name: getattr(plan, name) for name in ("world_size", "ranks_per_host", "device")},
+                 **{f"table {table.table!r}": table for table in plan.tables}} for plan in (first, second))
+    lines = []
+    for key in dict.fromkeys((*old, *new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, TablePlan) and isinstance(after, TablePlan):
+            changed = [name for name in TablePlan.model_fields if getattr(before, name) != getattr(after, name)]
+            # Blocks follow from ranks and type, unless they are all that differs.
+            told = [f"{name} {getattr(before, name)} -> {getattr(after, name)}" for name in changed if name in _TOLD]
+            lines += [f"{key}: {', '.join(told or ['the same ranks hold other blocks of it'])}"] if changed else []
+        elif before is None or after is None:
+            lines.append(f"{key}: only in the {'second' if before is None else 'first'}")
+        elif before != after:
+            lines.append(f"{key}: {before} -> {after}")
+    return lines

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -23,8 +22,7 @@ from longer_rec.sparse.tables import (
     KernelName,
     SparseConfig,
     check_names,
-    find_collections,
-    table_configs,
+    every_table,
 )
 
 # Of each device, for the tower, its activations and what is exchanged: TorchRec's own share.
@@ -46,12 +44,15 @@ def build_plan(module: nn.Module, config: SparseConfig, world: World, batch_requ
     tables: Sequence[TablePlan]
     if isinstance(config.plan, str) and config.plan == "auto":
         tables = _automatic(module, config, world, strict, batch_requests, ids_per_request or {}, fetches)
-    elif isinstance(config.plan, str) and config.plan not in SHARDING_TYPES:
-        plan = load_plan(Path(config.plan))
+    elif config.plan_path is not None:
+        if not config.plan_path.is_file():
+            raise ConfigError(f"sparse.plan={config.plan!r} is neither auto, nor one of {', '.join(SHARDING_TYPES)}, "
+                              "nor a file; give one of these, or a type for each table")
+        plan = load_plan(config.plan_path)
         check_plan(plan, module, config, world, strict)
         return plan
     else:
-        tables = _explicit(find_collections(module), config, world.size)
+        tables = _explicit(module, config, world.size)
     if fetches is not None:
         tables = apply_placement(tables, fetches, config, world)
     plan = SparsePlan(world_size=world.size, ranks_per_host=world.local_size, device=world.device.type,
@@ -65,24 +66,24 @@ def check_plan(plan: SparsePlan, module: nn.Module, config: SparseConfig, world:
     if (plan.world_size, plan.device) != (world.size, world.device.type):
         raise ConfigError(f"the plan is for {plan.world_size} ranks on {plan.device}, this run has {world.size} on "
                           f"{world.device.type}; set sparse.plan=auto or plan for this machine")
-    wanted = {(path, table.name): (table.num_embeddings, table.embedding_dim)
-              for path, collection in find_collections(module).items() for table in table_configs(collection)}
-    planned = {(table.module, table.table): table for table in plan.tables}
-    for path, name in wanted.keys() - planned.keys():
-        raise ConfigError(f"the plan has no table {name!r} of {path!r}; every table of the model must be in it")
-    for path, name in planned.keys() - wanted.keys():
-        raise ConfigError(f"the plan holds table {name!r} of {path!r}, which the model does not have; plan again")
-    for key, table in planned.items():
-        if (table.rows, table.dim) != wanted[key]:
-            raise ConfigError(f"the plan has table {table.table!r} with {table.rows} rows of {table.dim}, the model "
-                              f"{wanted[key][0]} rows of {wanted[key][1]}; plan again")
+    wanted = {table.name: (table.num_embeddings, table.embedding_dim, path) for path, _, table in every_table(module)}
+    planned = {table.table: table for table in plan.tables}
+    for name in sorted(wanted.keys() - planned.keys()):
+        raise ConfigError(f"the plan has no table {name!r}; every table of the model must be in it: plan again")
+    for name, table in planned.items():
+        if name not in wanted:
+            raise ConfigError(f"the plan holds table {name!r}, which the model does not have; plan again")
+        rows, dim, path = wanted[name]
+        if (table.rows, table.dim, table.module) != wanted[name]:
+            raise ConfigError(f"the plan has table {name!r} with {table.rows} rows of {table.dim} in {table.module!r}, "
+                              f"the model {rows} rows of {dim} in {path!r}; plan again, or set sparse.dims as planned")
         reason = allowed_types(table.pooled, config, world.device, strict)[table.sharding_type]
         if reason:
             raise ConfigError(f"table {table.table!r} cannot be {table.sharding_type}: {reason}")
         kernels = ("dense",) if table.sharding_type == "data_parallel" else get_args(KernelName)
         if table.kernel not in kernels:
             raise ConfigError(f"the plan gives {table.sharding_type} table {table.table!r} kernel {table.kernel!r}; "
-                              f"use {' or '.join(kernels)} (key_value, on SSD, needs CUDA and cannot be trained here)")
+                              f"use {' or '.join(kernels)} (key_value, on SSD, cannot be trained here)")
         if max(table.ranks) >= world.size:
             raise ConfigError(f"the plan puts table {table.table!r} on rank {max(table.ranks)}; "
                               f"the run has ranks 0 to {world.size - 1}")
@@ -96,18 +97,20 @@ def _check_cover(table: TablePlan) -> None:
                           f"{table.rows * table.dim}; plan again")
 
 
-def _explicit(collections: Mapping[str, Collection], config: SparseConfig, world_size: int) -> list[TablePlan]:
-    every = [(path, collection, table) for path, collection in collections.items()
-             for table in table_configs(collection)]
+def named_types(module: nn.Module, config: SparseConfig) -> dict[str, str]:
+    """The sharding type that ``sparse.plan`` gives each table; ``ConfigError`` unless it names all, and no other."""
+    names = [table.name for _, _, table in every_table(module)]
     if isinstance(config.plan, str):
-        types = {table.name: config.plan for _, _, table in every}
-    else:
-        types = dict(config.plan)
-        check_names(types, [table.name for _, _, table in every], "sparse.plan")
-        missing = [table.name for _, _, table in every if table.name not in types]
-        if missing:
-            raise ConfigError(f"sparse.plan has no sharding type for table {missing[0]!r}; name every table, or give "
-                              "one type for all")
+        return dict.fromkeys(names, config.plan)
+    check_names(config.plan, names, "sparse.plan")
+    if missing := [name for name in names if name not in config.plan]:
+        raise ConfigError(f"sparse.plan has no sharding type for table {missing[0]!r}; name every table, or give one "
+                          "type for all")
+    return dict(config.plan)
+
+
+def _explicit(module: nn.Module, config: SparseConfig, world_size: int) -> list[TablePlan]:
+    every, types = every_table(module), named_types(module, config)
     load = [0] * world_size
     plans = {}
     # The largest table is placed first, always on the rank that holds least.
@@ -152,9 +155,9 @@ def _automatic(module: nn.Module, config: SparseConfig, world: World, strict: bo
     """The search of ``longer-rec plan``, on the bandwidths that TorchRec assumes."""
     choices = {}
     if fetches is not None and world.device.type == "cuda":  # on a CPU every kernel is plain memory
-        every = [table for each in find_collections(module).values() for table in table_configs(each)]
+        tables = [table for _, _, table in every_table(module)]
         choices = {name: Choice(kernels=(place.kernel,), cache_load_factor=place.cache_load_factor)
-                   for name, place in place_equally(every, fetches, config, world).items()}
+                   for name, place in place_equally(tables, fetches, config, world).items()}
     hardware = _hardware(world)
     space = build_space(module, config, hardware, batch_requests, ids_per_request,
                         int(_RESERVED * hardware.device_bytes), choices, strict)
@@ -167,10 +170,10 @@ def _automatic(module: nn.Module, config: SparseConfig, world: World, strict: bo
 
 
 def _hardware(world: World) -> Hardware:
-    host_bytes, on_gpu = memory_bytes(), world.device.type == "cuda"
-    device_bytes = torch.cuda.mem_get_info(world.device)[1] if on_gpu else host_bytes // world.local_size
+    on_gpu = world.device.type == "cuda"
+    device_bytes = torch.cuda.mem_get_info(world.device)[1] if on_gpu else 0
     intra, inter, device, host = (1000.0 * rate for rate in (  # TorchRec counts bytes a millisecond
         constants.INTRA_NODE_BANDWIDTH, constants.CROSS_NODE_BANDWIDTH,
         constants.HBM_MEM_BW if on_gpu else constants.DDR_MEM_BW, constants.HBM_TO_DDR_MEM_BW))
-    return Hardware("this run", world.size, world.local_size, "cuda" if on_gpu else "cpu", device_bytes, host_bytes, 0,
+    return Hardware("this run", world.size, world.local_size, "cuda" if on_gpu else "cpu", device_bytes, memory_bytes(),
                     intra, inter, device, host, {})

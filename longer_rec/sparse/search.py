@@ -2,27 +2,23 @@
 
 The search is TorchRec's (``EmbeddingShardingPlanner.plan``) without the work whose outcome is known: a proposal that
 cannot fit, or whose best possible rating is no better than the best plan's, is not partitioned, proposals are told
-apart without hashing their shards, and equal shards are estimated once. Proposers that ignore feedback, all but dynamic
-programming, give the same plan (``benchmarks/bench_planner.py`` compares).
+apart without hashing their shards, and equal shards are estimated once. It gives the same plan
+(``benchmarks/bench_planner.py`` compares).
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
+import numpy as np
 import torch
 from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner, MemoryBalancedPartitioner
-from torchrec.distributed.planner.proposers import (
-    DynamicProgrammingProposer,
-    GreedyProposer,
-    GridSearchProposer,
-    UniformProposer,
-)
+from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.types import PlannerError, ShardEstimator, ShardingOption, Storage
 from torchrec.distributed.planner.utils import reset_shard_rank
@@ -37,18 +33,18 @@ from longer_rec.sparse.options import (
     state_bytes,
     table_plan,
 )
-from longer_rec.sparse.placement import cache_bytes
+from longer_rec.sparse.placement import Floats, cache_bytes
 from longer_rec.sparse.planfile import FLOAT_BYTES, Shard, SparsePlan, cache_params
-from longer_rec.sparse.tables import KernelName, SparseConfig, check_names, find_collections, table_configs
+from longer_rec.sparse.tables import KernelName, SparseConfig, TableConfig, check_names, every_table
 
-PROPOSERS: Mapping[str, Callable[[], Any]] = {
-    "greedy": GreedyProposer, "uniform": UniformProposer, "grid": GridSearchProposer,
-    "dynamic": DynamicProgrammingProposer}
-PARTITIONERS: Mapping[str, Callable[[], Any]] = {
-    "perf": GreedyPerfPartitioner, "memory": MemoryBalancedPartitioner}
+PROPOSERS: Mapping[str, Callable[[], Any]] = {"greedy": GreedyProposer, "uniform": UniformProposer}
+PARTITIONERS: Mapping[str, Callable[[], Any]] = {"perf": GreedyPerfPartitioner, "memory": MemoryBalancedPartitioner}
 KERNELS: tuple[str, ...] = get_args(KernelName)
 # FBGEMM's default share of a table's rows in the device cache.
 CACHED_SHARE = 0.2
+# What the seconds of a shard go to, as TorchRec names it.
+TIMES: Mapping[str, str] = {"forward": "fwd_compute", "forward_exchange": "fwd_comms", "backward": "bwd_compute",
+                            "backward_exchange": "bwd_comms"}
 _ID_BYTES = 8
 _MS = 1e-3
 
@@ -69,20 +65,17 @@ class ShardBytes:
 
 @dataclass(frozen=True)
 class Placed:
-    """One shard of a plan: the table it belongs to, its rank, its bytes and its share of a step in seconds."""
+    """One shard of a plan: the table it belongs to, its rank, its bytes, and seconds of a step by what they go to."""
 
     table: str
     rank: int
     size: ShardBytes
-    forward_s: float
-    forward_exchange_s: float
-    backward_s: float
-    backward_exchange_s: float
+    seconds: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Found:
-    """The best plan of a search, or None, and what it took to find."""
+    """The best plan of a search, or None, and what it took: proposals, and those of them that were partitioned."""
 
     plan: SparsePlan | None
     placed: tuple[Placed, ...]
@@ -93,7 +86,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Space:
-    """Every way to shard every table, estimated for one machine and one batch; ``sizes`` of shards by id of option."""
+    """Every way to shard every table, estimated for one machine and one batch; ``sizes`` of shards by id of option,
+    ``kernels`` that each table may have."""
 
     module: nn.Module
     config: SparseConfig
@@ -101,6 +95,7 @@ class Space:
     topology: Topology
     options: list[ShardingOption]
     sizes: Mapping[int, list[ShardBytes]]
+    kernels: Mapping[str, Sequence[str]]
 
 
 def build_space(module: nn.Module, config: SparseConfig, hardware: Hardware, batch_requests: int,
@@ -108,15 +103,23 @@ def build_space(module: nn.Module, config: SparseConfig, hardware: Hardware, bat
                 strict: bool = False) -> Space:
     """Enumerate and estimate; ``reserved_bytes`` of each device are for everything but tables and their exchange.
 
-    ``ConfigError`` for a choice that names no table, or a type or kernel that this machine or optimizer rules out.
+    ``ConfigError`` as ``check_choices`` has it.
     """
-    constraints = _constraints(module, config, hardware, ids_per_request, choices, strict)
+    choices = check_choices(module, config, hardware, choices, strict)
     on_gpu = hardware.device == "cuda"
+    constraints = {
+        table.name: ParameterConstraints(
+            sharding_types=list(choice.sharding_types),
+            # To TorchRec a CPU has one kernel; to FBGEMM all are plain memory there.
+            compute_kernels=list(choice.kernels) if on_gpu or choice.kernels == ("dense",) else ["fused"],
+            min_partition=choice.min_columns, cache_params=cache_params(choice.cache_load_factor, config.cache_policy),
+            pooling_factors=[ids_per_request.get(key, 1.0) for key in table.feature_names])
+        for _, _, table in every_table(module) for choice in [choices[table.name]]}
     free = max(1, hardware.device_bytes - reserved_bytes)  # TorchRec 1.6 takes 0 for "not given"
     topology = Topology(
-        world_size=hardware.world_size, local_world_size=min(hardware.ranks_per_host, hardware.world_size),
+        world_size=hardware.world_size, local_world_size=hardware.local_size,
         compute_device=hardware.device, hbm_cap=free if on_gpu else 0,
-        ddr_cap=max(1, hardware.host_bytes_per_rank) if on_gpu else free, ssd_cap=hardware.ssd_bytes,
+        ddr_cap=max(1, hardware.host_bytes_per_rank) if on_gpu else free,
         hbm_mem_bw=hardware.device_bw * _MS, ddr_mem_bw=hardware.host_bw * _MS if on_gpu else hardware.device_bw * _MS,
         hbm_to_ddr_mem_bw=hardware.host_bw * _MS, intra_host_bw=hardware.intra_bw * _MS,
         inter_host_bw=hardware.inter_bw * _MS)
@@ -131,7 +134,8 @@ def build_space(module: nn.Module, config: SparseConfig, hardware: Hardware, bat
         every[id(option)] = sizes
         for shard, size in zip(option.shards, sizes, strict=True):
             shard.storage = Storage(size.device, size.host) if on_gpu else Storage(0, size.device + size.host)
-    return Space(module, config, hardware, topology, options, every)
+    return Space(module, config, hardware, topology, options, every,
+                 {name: choice.kernels for name, choice in choices.items()})
 
 
 class OncePerSize(ShardEstimator):
@@ -183,8 +187,7 @@ def find_plan(space: Space, proposer: str = "greedy", partitioner: str = "perf")
     if best is None:
         return Found(None, (), seconds, num_proposals, num_partitioned)
     placed = tuple(
-        Placed(option.name, rank, size, shard.perf.fwd_compute * _MS, shard.perf.fwd_comms * _MS,
-               shard.perf.bwd_compute * _MS, shard.perf.bwd_comms * _MS)
+        Placed(option.name, rank, size, {name: getattr(shard.perf, field) * _MS for name, field in TIMES.items()})
         for option, ranks in best
         for shard, rank, size in zip(option.shards, ranks, space.sizes[id(option)], strict=True))
     return Found(_sparse_plan(space, best), placed, seconds, num_proposals, num_partitioned)
@@ -197,62 +200,48 @@ def search_proposals(options: list[ShardingOption], topology: Topology, proposer
                      ) -> tuple[Assignment | None, float, int, int]:
     """(option and ranks of each table, rating in ms, proposals, those that were partitioned) of the best plan."""
     bounds = {id(option): _bounds(option) for option in options}
-    capacity = [device.storage for device in topology.devices]
-    limit = Storage(max(one.hbm for one in capacity), max(one.ddr for one in capacity))
-    total = Storage(sum(one.hbm for one in capacity), sum(one.ddr for one in capacity))
+    free = np.array([(device.storage.hbm, device.storage.ddr) for device in topology.devices], dtype=np.float64)
     best: Assignment | None = None
     best_rating = float("inf")
     seen: set[tuple[int, ...]] = set()
-    num_proposals = num_partitioned = 0
+    num_partitioned = 0
     proposer.load(options)
     while proposal := proposer.propose():
         key = tuple(map(id, proposal))
-        rating: float | None = None
         if key not in seen:
             seen.add(key)
-            num_proposals += 1
-            if _lowest_rating([bounds[one] for one in key], limit, total, len(capacity)) < best_rating:
+            if _lowest_rating(np.stack([bounds[one] for one in key]), free) < best_rating:
                 num_partitioned += 1
                 rating = _partition(proposal, topology, partitioner)
-            if rating is not None and rating < best_rating:
-                best_rating = rating
-                best = [(option, [cast(int, shard.rank) for shard in option.shards]) for option in proposal]
-        proposer.feedback(rating is not None, proposal, rating, topology)
-        reset_shard_rank(proposal)
-    return best, best_rating, num_proposals, num_partitioned
+                if rating < best_rating:
+                    best_rating = rating
+                    best = [(option, [cast(int, shard.rank) for shard in option.shards]) for option in proposal]
+                reset_shard_rank(proposal)
+        proposer.feedback(True, proposal)
+    return best, best_rating, len(seen), num_partitioned
 
 
-@dataclass(frozen=True)
-class _Bounds:
-    slowest: float
-    work: float
-    largest: Storage
-    total: Storage
+def _bounds(option: ShardingOption) -> Floats:
+    """Time, device and host bytes: of the largest shard, and of all of them."""
+    shards = np.array([(shard.perf.total, shard.storage.hbm, shard.storage.ddr) for shard in option.shards])
+    return np.concatenate([shards.max(0), shards.sum(0)])
 
 
-def _bounds(option: ShardingOption) -> _Bounds:
-    times = [shard.perf.total for shard in option.shards]
-    sizes = [shard.storage for shard in option.shards]
-    return _Bounds(max(times), sum(times), Storage(max(size.hbm for size in sizes), max(size.ddr for size in sizes)),
-                   Storage(sum(size.hbm for size in sizes), sum(size.ddr for size in sizes)))
-
-
-def _lowest_rating(bounds: Sequence[_Bounds], limit: Storage, total: Storage, num_ranks: int) -> float:
+def _lowest_rating(bounds: Floats, free: Floats) -> float:
     """No placement of these options is faster: not than its slowest shard, nor than an even split; inf: none fits."""
-    fits = (all(each.largest.hbm <= limit.hbm and each.largest.ddr <= limit.ddr for each in bounds)
-            and sum(each.total.hbm for each in bounds) <= total.hbm
-            and sum(each.total.ddr for each in bounds) <= total.ddr)
+    largest, total = bounds[:, :3].max(0), bounds[:, 3:].sum(0)
+    if (largest[1:] > free.max(0)).any() or (total[1:] > free.sum(0)).any():
+        return float("inf")
     # The margin: a sum in another order may round to less.
-    even = sum(each.work for each in bounds) / num_ranks * (1 - 1e-9)
-    return max(even, max(each.slowest for each in bounds)) if fits else float("inf")
+    return float(max(largest[0], total[0] / len(free) * (1 - 1e-9)))
 
 
-def _partition(proposal: list[ShardingOption], topology: Topology, partitioner: Any) -> float | None:
-    """Set the ranks of the proposal's shards; the slowest rank's time in ms, or None when it cannot be placed."""
+def _partition(proposal: list[ShardingOption], topology: Topology, partitioner: Any) -> float:
+    """Set the ranks of the proposal's shards; the slowest rank's time in ms, inf when it cannot be placed."""
     try:
         partitioner.partition(proposal, topology)
     except PlannerError:
-        return None
+        return float("inf")
     times = [0.0] * topology.world_size
     for option in proposal:
         for shard in option.shards:
@@ -260,52 +249,51 @@ def _partition(proposal: list[ShardingOption], topology: Topology, partitioner: 
     return max(times)
 
 
-def _constraints(module: nn.Module, config: SparseConfig, hardware: Hardware, ids_per_request: Mapping[str, float],
-                 choices: Mapping[str, Choice], strict: bool) -> dict[str, ParameterConstraints]:
-    collections = find_collections(module)
-    check_names(choices, [table.name for each in collections.values() for table in table_configs(each)], "--constrain")
-    constraints = {}
-    for collection in collections.values():
-        pooled = isinstance(collection, EmbeddingBagCollection)
-        reasons = allowed_types(pooled, config, torch.device(hardware.device), strict)
-        for table in table_configs(collection):
-            choice = choices.get(table.name, Choice())
-            for name in choice.sharding_types:
-                reason = reasons.get(name, f"known are {', '.join(reasons)}")
-                if reason:
-                    raise ConfigError(f"table {table.name!r} cannot be {name}: {reason}")
-            known = KERNELS if hardware.device == "cuda" else KERNELS[:1]  # on a CPU all of them are plain memory
-            for name in choice.kernels:
-                if name not in known:
-                    raise ConfigError(f"table {table.name!r} cannot use kernel {name!r} on {hardware.device}; use "
-                                      f"{' or '.join(known)}")
-            # Replicas are left to those who ask for them, as in training.
-            types = list(choice.sharding_types or
-                         (name for name, reason in reasons.items() if not reason and name != "data_parallel"))
-            types = splittable(types, table.num_embeddings, hardware.world_size)
-            if not types:
-                raise ConfigError(f"table {table.name!r} of {table.num_embeddings} rows cannot be split row_wise over "
-                                  f"{hardware.world_size} ranks; allow table_wise for it")
-            kernels = list(choice.kernels or [config.kernel]) if hardware.device == "cuda" else ["fused"]
-            if types == ["data_parallel"]:
-                kernels = ["dense"]
-            constraints[table.name] = ParameterConstraints(
-                sharding_types=types, compute_kernels=kernels, min_partition=choice.min_columns,
-                cache_params=cache_params(choice.cache_load_factor, config.cache_policy),
-                pooling_factors=[ids_per_request.get(key, 1.0) for key in table.feature_names])
-    return constraints
+def check_choices(module: nn.Module, config: SparseConfig, hardware: Hardware, choices: Mapping[str, Choice],
+                  strict: bool = False) -> dict[str, Choice]:
+    """Every table with the sharding types and kernels that it may have; of ``choices``, what they leave.
+
+    ``ConfigError`` for a choice that names no table, or a type or kernel that this machine or optimizer rules out.
+    """
+    check_names(choices, [table.name for _, _, table in every_table(module)], "--constrain")
+    return {table.name: _checked(table, isinstance(collection, EmbeddingBagCollection), config, hardware,
+                                 choices.get(table.name, Choice()), strict)
+            for _, collection, table in every_table(module)}
+
+
+def _checked(table: TableConfig, pooled: bool, config: SparseConfig, hardware: Hardware, choice: Choice,
+             strict: bool) -> Choice:
+    where, columns = f"table {table.name!r}", choice.min_columns
+    reasons = allowed_types(pooled, config, torch.device(hardware.device), strict)
+    for name in choice.sharding_types:
+        if reason := reasons.get(name, f"known are {', '.join(reasons)}"):
+            raise ConfigError(f"{where} cannot be {name}: {reason}")
+    for name in choice.kernels:
+        if name not in KERNELS:
+            raise ConfigError(f"{where} cannot use kernel {name!r}; use {' or '.join(KERNELS)}")
+    if columns and ("column_wise" not in choice.sharding_types or columns > table.embedding_dim):
+        raise ConfigError(f"{where} of {table.embedding_dim} columns cannot be cut into columns:{columns}; add "
+                          f"column_wise, and give {table.embedding_dim} or fewer")
+    # Replicas are left to those who ask for them, as in training.
+    types = choice.sharding_types or [
+        name for name, reason in reasons.items() if not reason and name != "data_parallel"]
+    types = splittable(types, table.num_embeddings, hardware.world_size)
+    if not types:
+        raise ConfigError(f"{where} of {table.num_embeddings} rows cannot be split row_wise over "
+                          f"{hardware.world_size} ranks; allow table_wise for it")
+    kernels = ("dense",) if types == ("data_parallel",) else choice.kernels or (config.kernel,)
+    return replace(choice, sharding_types=types, kernels=kernels)
 
 
 def _sparse_plan(space: Space, assignment: Assignment) -> SparsePlan:
     tables = []
+    described = {table.name: table for _, _, table in every_table(space.module)}
     for option, ranks in assignment:
-        config = next(table for table in table_configs(cast(Any, option.module[1])) if table.name == option.name)
         shards = [] if option.sharding_type == "data_parallel" else [
             Shard(rank=rank, offsets=(shard.offset[0], shard.offset[1]), sizes=(shard.size[0], shard.size[1]))
             for shard, rank in zip(option.shards, ranks, strict=True)]
-        kernel = space.config.kernel if space.hardware.device == "cpu" else option.compute_kernel
-        tables.append(table_plan(option.path, config, option.is_pooled, option.sharding_type, kernel, shards,
-                                 space.config, space.hardware.world_size))
-    return SparsePlan(world_size=space.hardware.world_size,
-                      ranks_per_host=min(space.hardware.ranks_per_host, space.hardware.world_size),
+        kernel = space.kernels[option.name][0] if space.hardware.device == "cpu" else option.compute_kernel
+        tables.append(table_plan(option.path, described[option.name], option.is_pooled, option.sharding_type, kernel,
+                                 shards, space.config, space.hardware.world_size))
+    return SparsePlan(world_size=space.hardware.world_size, ranks_per_host=space.hardware.local_size,
                       device=space.hardware.device, tables=tuple(tables))

@@ -2,7 +2,8 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Literal, Self, TypeAlias
+from pathlib import Path
+from typing import Literal, Self, TypeAlias, get_args
 
 import pydantic
 import torch
@@ -65,9 +66,21 @@ class SparseConfig(Config):
     def _check_placement(self) -> Self:
         if self.placement is None and self.device_memory is not None:
             raise ValueError(f"device_memory={self.device_memory} has no effect without placement; set placement=auto")
+        if self.device_memory is not None and self.device_memory < 1000:
+            raise ValueError(f"device_memory={self.device_memory} is a number of bytes; write it with a unit, as 20GB")
         if self.placement is not None and self.kernel != "fused":
             raise ValueError(f"kernel={self.kernel} and placement={self.placement} exclude each other; drop one")
+        if self.plan_path is not None and (self.placement is not None or self.kernel != "fused"):
+            raise ValueError(f"plan={self.plan} is taken as it is, with its kernels; drop kernel, placement and "
+                             "device_memory")
         return self
+
+    @property
+    def plan_path(self) -> Path | None:
+        """``plan`` where it is a file: neither "auto" nor sharding types."""
+        if isinstance(self.plan, str) and self.plan not in ("auto", *get_args(ShardingName)):
+            return Path(self.plan)
+        return None
 
 
 def check_names(named: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -224,6 +237,12 @@ def build_tables(schema: Schema, config: SparseConfig, device: torch.device | st
 def find_collections(module: nn.Module) -> Mapping[str, Collection]:
     """The unsharded collections of a module by their path in it."""
     return {path: child for path, child in module.named_modules() if isinstance(child, Collection)}
+
+
+def every_table(module: nn.Module) -> list[tuple[str, Collection, TableConfig]]:
+    """(path of its collection, the collection, TorchRec's description) of each table of an unsharded module."""
+    return [(path, collection, table) for path, collection in find_collections(module).items()
+            for table in table_configs(collection)]
 
 
 def table_configs(collection: Collection) -> list[TableConfig]:

@@ -5,21 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from longer_rec.errors import DataError
 from longer_rec.runtime.digest import join_digests, local_digests
-from longer_rec.runtime.distributed import World
+from longer_rec.runtime.distributed import gather
 
 DIGESTS = "digests.jsonl"
 _SHOWN = 5
 
 
-def state_digests(state: Mapping[str, Any], world: World) -> dict[str, str]:
+def state_digests(state: Mapping[str, Any]) -> dict[str, str]:
     """The digest of each tensor, the same for every number of ranks and every plan; a collective call."""
-    ranks: list[Any] = [None] * world.size
-    dist.all_gather_object(ranks, local_digests(state))
-    return join_digests(ranks)
+    return join_digests(gather(local_digests(state)))
 
 
 def first_difference(first: Path, second: Path) -> tuple[int, list[str]] | None:

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from longer_rec.data.loader import TrainLoader
 from longer_rec.elastic.assignment import resolve_num_workers
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job
-from longer_rec.runtime.distributed import joined_world
+from longer_rec.runtime.distributed import gather, joined_world
+from longer_rec.runtime.profiling import Measured
 from longer_rec.runtime.supervisor import supervise
 from longer_rec.train.parallelize import parallelize
 from longer_rec.train.run import prepare_process
@@ -28,21 +29,6 @@ from longer_rec.train.trainer import Trainer
 
 _WARMUP_STEPS = 2
 _PROFILED_STEPS = 2
-
-
-@dataclass(frozen=True)
-class Measured:
-    """``seconds`` of a step by part, of the slowest rank; ``weights`` and ``optimizer`` bytes of the tables by rank.
-
-    ``batches``: history lengths and candidate counts of each of rank 0's workers in each profiled step, and ``peaks``:
-    the most bytes that one of that step's forward and backward passes held at once.
-    """
-
-    seconds: dict[str, float]
-    weights: list[int]
-    optimizer: list[int]
-    batches: list[list[tuple[list[int], list[int]]]]
-    peaks: list[int]
 
 
 def measure_job(job: Job, num_ranks: int, num_steps: int, folder: Path) -> Measured:
@@ -78,8 +64,7 @@ def _measure_rank(job: Job, num_steps: int, path: Path) -> None:
                    for own in profiled]
         own_bytes = _table_bytes(trainer.parallel.state_dict())
         seconds = {name.removeprefix("time_").removesuffix("_s"): value / num_steps for name, value in parts.items()}
-        everyone: list[Any] = [None] * world.size
-        dist.all_gather_object(everyone, (seconds, *own_bytes))
+        everyone = gather((seconds, *own_bytes))
         if world.is_main:
             measured = Measured({name: max(each[0][name] for each in everyone) for name in seconds},
                                 [each[1] for each in everyone], [each[2] for each in everyone], lengths, peaks)

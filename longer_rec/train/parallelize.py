@@ -12,9 +12,10 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from longer_rec.checkpoint.manager import CheckpointManager
 from longer_rec.data.frequency import count_lookups, replay_lookups
 from longer_rec.data.history import Dataset
+from longer_rec.data.workload import sample_workload
 from longer_rec.elastic.assignment import resolve_num_workers
 from longer_rec.errors import ConfigError
-from longer_rec.job import Job, build_ranker, ids_per_request
+from longer_rec.job import Job, build_ranker
 from longer_rec.ranker import Ranker
 from longer_rec.runtime.distributed import World, on_main
 from longer_rec.sparse.cache import forecast_caches
@@ -59,7 +60,7 @@ def parallelize(job: Job, dataset: Dataset, world: World) -> ParallelRanker:
     # 1. Tables on the meta device, for no rank ever holds all of them, and the tower, the same on every rank.
     ranker = build_ranker(job, dataset.schema, world.device)
     # 2. Rank 0 plans for all; the plan covers every table.
-    plan = on_main(world, lambda: plan_tables(ranker, job, dataset, world, forecast=True))
+    plan = on_main(lambda: plan_tables(ranker, job, dataset, world, forecast=True))
     # 3. Tables sharded with their update rule inside backward; the tower stays replicated, its gradients ours.
     model = shard_ranker(ranker, plan, job.sparse, world.device)
     # 4. Rows filled by (seed, table, row), whatever shard they are in.
@@ -76,7 +77,7 @@ def check_job(job: Job, dataset: Dataset, world: World) -> None:
     try:
         with torch.device("meta"):
             ranker = build_ranker(job, dataset.schema, torch.device("meta"))
-        on_main(world, lambda: plan_tables(ranker, job, dataset, world))
+        on_main(lambda: plan_tables(ranker, job, dataset, world))
     except ConfigError as error:
         raise ConfigError(f"{job.name}: {error}") from None
 
@@ -86,8 +87,9 @@ def plan_tables(ranker: Ranker, job: Job, dataset: Dataset, world: World, foreca
 
     ``forecast`` adds the hit rates to expect of cached tables, from the batches that training begins with.
     """
+    workload = sample_workload(dataset, job.data.batch_requests, job.data.max_events, job.seed)
     plan = partial(build_plan, ranker, job.sparse, world, job.data.batch_requests,
-                   ids_per_request(dataset, job.data.max_events), job.elastic.is_strict)
+                   workload.ids_per_request(dataset.schema), job.elastic.is_strict)
     if job.sparse.placement is None:
         return plan()
     lookups = count_lookups(dataset, job.data.max_events)

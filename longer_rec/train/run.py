@@ -54,9 +54,9 @@ def train(job: Job) -> list[Row] | None:
 
 def _train_one(job: Job, dataset: Dataset, world: World, stop: StopSignal, show_plan: bool) -> Row:
     num_workers = resolve_num_workers(job.elastic, world.size)
-    on_main(world, lambda: open_run_dir(job, dataset, num_workers))
+    on_main(lambda: open_run_dir(job, dataset, num_workers))
     trainer, checkpoints = _restored_trainer(job, dataset, world, num_workers, stop)
-    on_main(world, lambda: rewind_logs(job.run_dir, trainer.step))
+    on_main(lambda: rewind_logs(job.run_dir, trainer.step))
     if world.is_main:
         if show_plan:
             plan_table(trainer.parallel.plan.model_dump()["tables"])
@@ -146,7 +146,7 @@ def _open_data(job: Job, world: World, splits: Sequence[str] = SPLITS) -> Datase
                                 "in split.fractions")
         return dataset
 
-    return on_all(world, open_and_check)
+    return on_all(open_and_check)
 
 
 def _restored_trainer(job: Job, dataset: Dataset, world: World, num_workers: int,

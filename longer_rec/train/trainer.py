@@ -235,7 +235,7 @@ class Trainer:
         every = self.job.elastic.digest_every
         if every and self.step % every == 0:
             with self.clock.part("time_digest_s"):
-                digests = state_digests(self.parallel.state_dict(), self.world)
+                digests = state_digests(self.parallel.state_dict())
             if log is not None:
                 log.write_digests(self.step, digests)
 
