@@ -92,7 +92,9 @@ def _constants(path: Path | None) -> Constants:
     try:
         return load_config(Constants, path) if path else Constants()
     except ConfigError as error:
-        raise ConfigError(f"--calibration: {error}; give the calibration.yaml that --calibrate has written") from None
+        fault = str(error).partition(";")[0]
+        raise ConfigError(f"--calibration {path} is not a file that --calibrate has written ({fault}); give its "
+                          "calibration.yaml") from None
 
 
 def _found(outcomes: Sequence[Outcome]) -> dict[str, Any]:

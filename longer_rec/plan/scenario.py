@@ -35,8 +35,9 @@ _BACKWARD_PER_FORWARD = 2
 class Constants(Config):
     """What cannot be read off a data sheet; ``--calibrate`` fits them to the machine at hand.
 
-    Each but the last two multiplies the seconds that peak rates give: of the tower's matmuls, of reading and updating
-    tables, of the dense parameters' memory traffic, of the network. ``latency_s`` is that of a round of messages.
+    The first five multiply the seconds that peak rates give: of the tower's matmuls, of reading and updating tables, of
+    the dense parameters' memory traffic, of the network. ``latency_s`` is that of a round of messages, ``call_s`` what
+    the host takes for a table or a dense parameter whatever its size.
     """
 
     device: Literal["cpu", "cuda"] | None = None
@@ -46,6 +47,7 @@ class Constants(Config):
     memory: float = pydantic.Field(1.0, ge=0)
     network: float = pydantic.Field(1.0, ge=0)
     latency_s: float = pydantic.Field(2e-5, ge=0)
+    call_s: float = pydantic.Field(2e-5, ge=0)
     activations: float = pydantic.Field(1.0, gt=0)
 
     def seconds(self, terms: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -255,8 +257,8 @@ def solve(scenario: Scenario, proposer: str = "greedy", partitioner: str = "perf
 
 
 def step_terms(scenario: Scenario, tables: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Each part of a step, as the trainer's clock names them, in seconds at peak rates (rounds for ``latency_s``) by
-    the constant they are multiplied with; ``tables``: of the slowest rank."""
+    """Each part of a step, as the trainer's clock names them, in seconds at peak rates (rounds for ``latency_s``, calls
+    for ``call_s``) by the constant they are multiplied with; ``tables``: of the slowest rank."""
     hardware, size = scenario.hardware, scenario.num_dense * 4
     num_ranks = hardware.world_size
     # Ranks that share a core wait for each other.
@@ -266,11 +268,12 @@ def step_terms(scenario: Scenario, tables: Mapping[str, float]) -> dict[str, dic
     forward_exchange, backward_exchange = (tables[name] * (num_ranks > 1)
                                            for name in ("forward_exchange", "backward_exchange"))
     forward_passes = 1 + _BACKWARD_PER_FORWARD + bool(scenario.job.train.recompute)
+    table_calls, dense_calls = len(scenario.tables) * share, len(list(scenario.ranker.tower.parameters())) * share
     return {
-        "lookup": {"lookup": tables["forward"] * share, "network": forward_exchange, "latency_s": 2 * rounds},
+        "lookup": {"lookup": tables["forward"] * share, "call_s": table_calls, "network": forward_exchange, "latency_s": 2 * rounds},
         "tower": {"tower": scenario.flops * forward_passes * share / hardware.flops[scenario.job.train.precision]},
-        "reduce": {"memory": 3 * size * share / hardware.device_bw, "latency_s": 2 * rounds,
+        "reduce": {"call_s": dense_calls, "memory": 3 * size * share / hardware.device_bw, "latency_s": 2 * rounds,
                    "network": 2 * size * (num_ranks - 1) / num_ranks / hardware.network_bw},
-        "sparse": {"sparse": tables["backward"] * share, "network": backward_exchange, "latency_s": rounds},
-        "dense": {"memory": 7 * size * share / hardware.device_bw},
+        "sparse": {"sparse": tables["backward"] * share, "call_s": table_calls, "network": backward_exchange, "latency_s": rounds},
+        "dense": {"call_s": dense_calls, "memory": 7 * size * share / hardware.device_bw},
     }

@@ -56,7 +56,7 @@ _OPTIONS = ("local", "host", "intra", "inter", "device")
 def parse_topology(text: str) -> Hardware:
     """The machine that a ``--topology`` describes; ``ConfigError`` names what cannot be understood."""
     where = f"--topology {text!r}"
-    match = re.fullmatch(r"(?:(\d{1,9})x)?([\w.]+)(?::(.+))?", text.strip(), re.ASCII | re.IGNORECASE)
+    match = re.fullmatch(r"(?:(\d{1,99})x)?([\w.]+)(?::(.+))?", text.strip(), re.ASCII | re.IGNORECASE)
     if match is None:
         raise ConfigError(f"{where} cannot be read; {_FORM}")
     options = _options(where, match[3] or "")

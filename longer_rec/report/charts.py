@@ -242,6 +242,7 @@ def what_if(name: str, values: Sequence[str], series: Mapping[str, Sequence[floa
         axes.set_ylim(0, top * 1.1)
         axes.set_xlim(-0.3, len(values) - 0.7)
         axes.set_xticks(place, list(values))
+        axes.tick_params(axis="x", pad=9)  # below the crosses, which stand half under the axis
         if unit == "bytes":
             axes.set_yticks(np.arange(0, top * 1.1, 2.0 ** np.ceil(np.log2(top / 5))))
         axes.yaxis.set_major_formatter(FuncFormatter(

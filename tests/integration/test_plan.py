@@ -49,7 +49,8 @@ def test_a_plan_for_another_model_is_refused_by_training(commands: CommandServer
     outcome = commands.run("train", CONFIG, f"data.dir={synthetic}", f"run_dir={tmp_path / 'run'}",
                            f"sparse.plan={tmp_path / 'plan.json'}")
     assert outcome.code == 2
-    assert re.fullmatch(r"longer-rec: .*the plan has no table '\w+' of 'sparse.ec.dim8'; .*\n", outcome.err), outcome
+    assert re.fullmatch(r"longer-rec: .*the plan has table '\w+' with \d+ rows of 16 .*, the model \d+ rows of 8 .*; plan "
+                        r"again.*\n", outcome.err), outcome
 
 
 def test_what_does_not_fit_is_explained_and_every_remedy_fits(commands: CommandServer, synthetic: Path, job: Job,
@@ -57,7 +58,8 @@ def test_what_does_not_fit_is_explained_and_every_remedy_fits(commands: CommandS
     outcome = commands.run("plan", CONFIG, f"data.dir={synthetic}", "--topology", "2x30MB:device=cpu", "--sweep",
                            "batch=1,16", "--out", tmp_path)
     assert (outcome.code, outcome.err) == (1, "")
-    for words in ("No plan fits: of 30 MiB a rank", "What each table needs at least", "instead of"):
+    for words in ("No plan fits: of 30 MiB a rank", "What each table needs at least", "instead of",
+                  "on each device instead of 30 MiB", "requests/s"):
         assert words in outcome.out
     assert not (tmp_path / "plan.json").exists()
     assert "Any one of these makes it fit" in (tmp_path / "plan.html").read_text()
@@ -66,42 +68,70 @@ def test_what_does_not_fit_is_explained_and_every_remedy_fits(commands: CommandS
     # The shortest history that the tower can be built for is the last one tried.
     assert not remedies(Scenario(job, open_dataset(job.data.dir), parse_topology("2x1MB:device=cpu")))
     for remedy in found:
+        asked = remedy.outcome.scenario
         assert remedy.outcome.found.plan is not None
-        assert remedy.outcome.fullest <= 30 << 20
-        smaller = remedy.outcome.scenario.job.data
-        assert (smaller.batch_requests, smaller.max_events) != (job.data.batch_requests, job.data.max_events)
+        assert remedy.outcome.fullest <= asked.hardware.device_bytes
+        assert (asked.job.data.batch_requests, asked.job.data.max_events, asked.hardware.device_bytes) != (
+            job.data.batch_requests, job.data.max_events, 30 << 20)
 
 
 def test_tables_that_do_not_fit_need_more_ranks_or_host_memory(job: Job) -> None:
     large = Scenario(job, open_dataset(job.data.dir), parse_topology("2x16GB:host=500GB")).change(row_factor=300_000.0)
     found = remedies(large)
-    assert [remedy.text for remedy in found] == [
-        next(remedy.text for remedy in found if "ranks instead of 2" in remedy.text),
-        next(remedy.text for remedy in found if "in host memory (fused_uvm" in remedy.text)]
+    device, ranks, offloaded = found
+    assert re.fullmatch(r"\d+ GiB on each device instead of 16 GiB", device.text)
+    assert re.fullmatch(r"\d+ ranks instead of 2", ranks.text)
+    assert "in host memory (fused_uvm" in offloaded.text
     for remedy in found:
-        assert remedy.outcome.fullest <= 16 << 30
-    ranks = found[0].outcome.scenario.hardware.world_size
-    assert not solve(large.change(world_size=ranks - 2)).fits
-    assert sum(shard.size.host for shard in found[1].outcome.found.placed) > 16 << 30
+        assert remedy.outcome.fullest <= remedy.outcome.scenario.hardware.device_bytes
+    assert not solve(large.change(world_size=ranks.outcome.scenario.hardware.world_size // 2)).fits
+    assert sum(shard.size.host for shard in offloaded.outcome.found.placed) > 16 << 30
+
+
+def test_tables_behind_too_little_host_memory_are_told_so(commands: CommandServer, synthetic: Path, tmp_path: Path
+                                                          ) -> None:
+    outcome = commands.run("plan", CONFIG, f"data.dir={synthetic}", "sparse.kernel=fused_uvm",
+                           "sparse.default_dim=1024", "--topology", "2x80GB:host=1MB", "--out", tmp_path)
+    assert outcome.code == 1
+    assert re.search(r"tables need [\d.]+ \w+ of host memory, of which each of 2 ranks has 512 KiB",
+                     " ".join(outcome.out.split()))
+    assert "MiB on each host instead of 1 MiB" in outcome.out
 
 
 @pytest.mark.parametrize(("options", "message"), [
     (["--topology", "8x80"], "'80' is not a size"),
-    (["--topology", "8x80GB", "--sweep", "gpu=3"], "--sweep 'gpu=3' cannot be read; use one of gpus, hbm"),
-    (["--topology", "8x80GB", "--sweep", "gpus=12"], "gpus=12 are not whole hosts of 8 ranks"),
+    (["--topology", "8x80GB", "--sweep", "gpu=3"], "--sweep 'gpu=3' cannot be read; use one of gpus, batch"),
+    (["--topology", "8x80GB", "--sweep", "gpus=12"], "gpus=12: 12 ranks are not whole hosts of 8"),
     (["--topology", "8x80GB", "--sweep", "batch=none"], "batch=none is not a number"),
-    (["--topology", "8x80GB", *["--sweep", "L=9"] * 3], "3 sweeps were asked for; use one or two"),
+    (["--topology", "8x80GB", *["--sweep", "L=9"] * 2], "--sweep L=9 --sweep L=9: use one or two different axes"),
+    (["--topology", "8x80GB", "--sweep", "gpus=8,1000000000"], "gpus=1000000000 is not a number .* up to 4096"),
+    (["--topology", "8x80GB", "--sweep", "kernels=fused,ssd"], "--sweep kernels=ssd: .* cannot use kernel 'ssd'"),
+    (["--topology", "8x80GB", "--topology", "8x80gb"], "give each machine once"),
+    (["--topology", "8x80GB", "--constrain", "item=fused_uvm", "sparse.plan=row_wise"], "both say what tables may be"),
+    (["--topology", "8x80GB", "sparse.plan={itm: row_wise}"], "sparse.plan names table 'itm'"),
+    (["--topology", "8x80GB", "sparse.plan=plan.json"], "sparse.plan='plan.json' would be a finished plan"),
     (["--topology", "8x80GB", "--constrain", "itm=row_wise"], "names table 'itm'"),
-    (["--topology", "8x80GB", "--proposer", "greed"], "'greed' is unknown; use greedy, uniform, grid, dynamic"),
-    (["--topology", "8x80GB", "--calibration", "none.yaml"], "cannot read none.yaml"),
+    (["--topology", "8x80GB", "--proposer", "greed"], "--proposer 'greed': 'greed' is unknown; use greedy or"),
+    (["--topology", "8x80GB", "--calibration", "none.yaml"], "--calibration none.yaml .*cannot read none.yaml"),
     (["--topology", "8x80GB", "sparse.placement=auto"], "placement=auto goes by .* add sparse.placement=null"),
-    (["--calibrate", "two"], "two is not a list of numbers")])
+    (["--calibrate", "two"], "two is not a list of numbers"),
+    (["--calibrate", "1,9999"], "--calibrate 9999: this machine has [0-9]+ cores or GPUs; use 1 to")])
 def test_bad_words_end_in_one_line(commands: CommandServer, synthetic: Path, tmp_path: Path, options: list[str],
                                    message: str) -> None:
     outcome = commands.run("plan", CONFIG, f"data.dir={synthetic}", *options, "--out", tmp_path)
     assert outcome.code == 2
     assert re.fullmatch(rf"longer-rec: [^\n]*{message}[^\n]*\n", outcome.err), outcome
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_is_named_before_the_search(commands: CommandServer, synthetic: Path,
+                                                                      tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "plan.json").mkdir()
+    for out in (tmp_path / "file", tmp_path):
+        outcome = commands.run("plan", CONFIG, f"data.dir={synthetic}", "--topology", "8x80GB", "--out", out)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert re.fullmatch(rf"longer-rec: --out {out} cannot be written: [^\n]*\n", outcome.err), outcome
 
 
 def test_predicted_bytes_are_those_of_a_real_run(job: Job, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from longer_rec.config import build_config
 from longer_rec.errors import ConfigError
 from longer_rec.report.numbers import format_kernel
 from longer_rec.runtime.distributed import World
-from longer_rec.sparse import placement
 from longer_rec.sparse.cache import WAYS, CacheSimulation, forecast_caches
 from longer_rec.sparse.placement import MIN_COVERAGE, WHOLE_SHARE, Placement, TableDemand, place_tables
 from longer_rec.sparse.planfile import SparsePlan, load_plan, save_plan
@@ -106,13 +105,13 @@ def test_a_table_that_is_nearly_on_the_device_is_held_whole_if_it_fits() -> None
                         HUGE)["table"].kernel == "fused"
 
 
-def test_what_host_memory_cannot_hold_goes_to_ssd_coldest_first() -> None:
+def test_what_host_memory_cannot_hold_is_refused() -> None:
     demands = {"warm": demand(np.full(10_000, 5.0)), "cold": demand(np.full(10_000, 1.0))}
     state = sum(one.device_bytes(0) for one in demands.values())
     one = demands["warm"].host_bytes(0)
     assert {place.kernel for place in place_tables(demands, state, 2 * one).values()} == {"fused_uvm"}
-    places = place_tables(demands, state, 2 * one - 1)
-    assert {name: place.kernel for name, place in places.items()} == {"warm": "fused_uvm", "cold": "key_value"}
+    with pytest.raises(ConfigError, match=f"need {2 * one} bytes of host memory on a rank, there are {2 * one - 1}"):
+        place_tables(demands, state, 2 * one - 1)
 
 
 def test_optimizer_state_that_cannot_leave_the_device_is_refused_when_it_does_not_fit() -> None:
@@ -142,19 +141,19 @@ def test_the_plan_carries_kernels_and_caches_to_torchrec(choice: str, tmp_path: 
             assert sharding.cache_params.algorithm.name == "LFU"
 
 
-def test_ssd_is_refused_on_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ssd_is_refused(tmp_path: Path) -> None:
     save_plan(plan(), tmp_path / "plan.json")
     path = tmp_path / "ssd.json"
     path.write_text((tmp_path / "plan.json").read_text().replace('"fused"', '"key_value"'))
-    with pytest.raises(ConfigError, match="key_value, on SSD, needs CUDA"):
-        plan(plan=str(path))
-    monkeypatch.setattr(placement, "memory_bytes", lambda: 100_000)
-    with pytest.raises(ConfigError, match="'item' of 207400 bytes.*go to SSD, which needs CUDA"):
-        plan(device_memory=60_000)
+    with pytest.raises(ConfigError, match="key_value, on SSD, cannot be trained here"):
+        plan(plan=str(path), placement=None)
 
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"device_memory": "1GB"}, "has no effect without placement"),
+    ({"device_memory": 3, "placement": "auto"}, "device_memory=3 is a number of bytes; write it with a unit"),
+    ({"device_memory": "1GB", "placement": "auto", "plan": "plan.json"}, "taken as it is, with its kernels; drop"),
+    ({"kernel": "fused_uvm", "plan": "plan.json"}, "taken as it is, with its kernels; drop"),
     ({"placement": "auto", "kernel": "fused_uvm"}, "exclude each other"),
     ({"placement": "auto", "device_memory": "much"}, "device_memory='much'")])
 def test_contradicting_settings_are_refused(options: dict, message: str) -> None:

@@ -3,6 +3,7 @@
 import logging
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,13 +17,13 @@ from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 
 from longer_rec.errors import ConfigError
-from longer_rec.plan.plans import plan_differences, plan_hash
-from longer_rec.plan.topology import PRESETS, parse_topology
+from longer_rec.plan.topology import PRESETS, check_ranks, parse_topology
 from longer_rec.plan.whatif import parse_constraints
 from longer_rec.runtime.distributed import World
 from longer_rec.schema import Feature, Schema, Table
 from longer_rec.sparse.optimizers import apply_table_optimizer
 from longer_rec.sparse.options import Choice, Hardware
+from longer_rec.sparse.planfile import plan_differences, plan_hash
 from longer_rec.sparse.planner import check_plan
 from longer_rec.sparse.search import (
     PARTITIONERS,
@@ -61,12 +62,20 @@ def space(hardware: Hardware, choices: dict[str, Choice] | None = None, strict: 
 def test_a_topology_says_ranks_hosts_memory_and_rates() -> None:
     eight = parse_topology("8x80GB")
     assert (eight.world_size, eight.ranks_per_host, eight.device, eight.device_bytes) == (8, 8, "cuda", 80 * GIB)
-    many = parse_topology("64x40GiB:local=4,host=1TB,ssd=2TB,intra=300GB/s,inter=400Gb/s")
-    assert (many.world_size, many.ranks_per_host) == (64, 4)
-    assert (many.host_bytes_per_rank, many.ssd_bytes) == (256 * GIB, 2048 * GIB)
+    many = parse_topology("64X40GiB:local=4,host=1TB,intra=300GB/s,inter=400Gb/s")
+    assert (many.world_size, many.ranks_per_host, many.host_bytes_per_rank) == (64, 4, 256 * GIB)
     assert (many.intra_bw, many.inter_bw, many.network_bw) == (3e11, 5e10, 5e10)
     cpu = parse_topology("2x4GB:device=cpu")
-    assert (cpu.world_size, cpu.ranks_per_host, cpu.device, cpu.device_bytes) == (2, 2, "cpu", 4 * GIB)
+    assert (cpu.world_size, cpu.local_size, cpu.device, cpu.device_bytes) == (2, 2, "cpu", 4 * GIB)
+
+
+@pytest.mark.parametrize(("few", "many"), [("4x80GB", "16x80GB"), ("2xauto", "8xauto"), ("8x1GB:device=cpu",) * 2])
+def test_a_machine_that_grows_is_the_larger_machine(few: str, many: str) -> None:
+    larger = parse_topology(many)
+    grown = replace(parse_topology(few), name=many, world_size=larger.world_size)
+    assert check_ranks(grown, "here") == larger
+    assert (grown.device_bytes, grown.host_bytes_per_rank) == (larger.device_bytes, larger.host_bytes_per_rank)
+    assert grown.local_size * grown.device_bytes <= grown.host_bytes or not grown.cores
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -80,9 +89,15 @@ def test_a_preset_is_a_host_of_eight_and_scales(name: str) -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ("", "cannot be read; use RANKSxMEMORY"), ("8 GPUs", "cannot be read"), ("0x80GB", "has 0 ranks; 1 to 4096"),
-    ("8x80", "'80' is not a size; use a number above 0"), ("8x0GB", "'0GB' is not a size"),
+    ("1000000000xH100", "has 1000000000 ranks; 1 to 4096"), ("8x80", "'80' is not a size from 1MB to 1024TB; use a"),
+    ("8x0GB", "'0GB' is not a size"), ("8x9" + "9" * 30 + "GB", "is not a size from 1MB to 1024TB"),
+    ("12xH100", "12 ranks are not whole hosts of 8; use 8 or 16 ranks, or :local=6 with the topology"),
+    ("8xH100:device=cpu", "H100 is cuda; leave device=cpu out"), ("8x80GB:local=4,local=8", "local is given twice"),
+    ("8x80GB:ssd=4TB", "tables on SSD cannot be trained here, and are not planned; leave ssd=4TB out"),
+    ("2x4GB:device=cpu,host=8GB", "ranks on a CPU have the host memory they are given"),
     ("8xH10", "neither a size nor one of A100, H100, H200, B200 and auto; did you mean H100"),
-    ("8x80GB:local=3", "local=3 ranks a host do not divide 8"), ("8x80GB:local=x", "local=x is not a number"),
+    ("8x80GB:local=3", "8 ranks are not whole hosts of 3"), ("8x80GB:local=x", "local=x is no number of ranks a host"),
+    ("8x80GB:local=9", "local=9 is no number of ranks a host; use 1 to 8"),
     ("8x80GB:inter=fast", "inter='fast' is not a rate"), ("8x80GB:gpus=4", "'gpus=4' is not an option"),
     ("8x80GB:device=tpu", "device=tpu is unknown; use cpu or cuda"), ("8x80GB:host", "'host' is not an option")])
 def test_a_topology_that_cannot_be_read_is_named(text: str, message: str) -> None:
@@ -137,7 +152,7 @@ def test_a_plan_may_be_trained_and_says_what_is_wrong_with_it() -> None:
     world = World(0, 4, 0, 4, torch.device("cuda"))
     check_plan(plan, searched.module, searched.config, world, strict=False)
     other = SCHEMA.model_copy(update={"tables": (Table(name="item", num_rows=7), *SCHEMA.tables[1:])})
-    with pytest.raises(ConfigError, match="40000000 rows of 64, the model 7 rows of 64; plan again"):
+    with pytest.raises(ConfigError, match="40000000 rows of 64 in 'ec.dim64', the model 7 rows of 64 .*plan again"):
         check_plan(plan, build_tables(other, searched.config), searched.config, world, strict=False)
 
 
@@ -178,17 +193,25 @@ def test_a_strict_job_gets_types_that_do_not_depend_on_the_ranks() -> None:
     ("item=rowwise", "'item' cannot be rowwise: known are table_wise"),
     ("item=column_wise", "'item' cannot be column_wise: rowwise_adagrad"),
     ("item=data_parallel", "'item' cannot be data_parallel: sequence tables"),
-    ("item=key_value", "cannot use kernel 'key_value' on cuda; use fused or fused_uvm"),
+    ("item=key_value", "cannot use kernel 'key_value'; use fused or fused_uvm"),
+    ("item=table_wise+columns:16", "of 64 columns cannot be cut into columns:16; add column_wise"),
+    ("item=fused+fused", "says something twice"),
     ("item=column_wise+columns:3", "columns:3 is not a positive multiple of 4"),
-    ("item", "cannot be read; use TABLE=TYPE"), ("item=", "cannot be read")])
+    ("item", "cannot be read, .*; use each TABLE once as TABLE=TYPE"), ("item=", "cannot be read")])
 def test_a_constraint_that_cannot_be_kept_is_named(constraint: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         space(parse_topology("4x80GB"), dict(parse_constraints([constraint])))
 
 
-def test_a_cpu_has_no_memory_behind_its_memory() -> None:
-    with pytest.raises(ConfigError, match="'item' cannot use kernel 'fused_uvm' on cpu; use fused"):
-        space(parse_topology("2x64GB:device=cpu"), {"item": Choice(kernels=("fused_uvm",))})
+def test_on_a_cpu_every_kernel_is_planned_and_is_plain_memory() -> None:
+    machine = parse_topology("2x64GB:device=cpu")
+    plain = find_plan(space(machine))
+    behind = find_plan(space(machine, {"item": Choice(kernels=("fused_uvm",))}, kernel="fused_uvm_caching"))
+    assert plain.plan is not None
+    assert behind.plan is not None
+    assert {table.table: table.kernel for table in behind.plan.tables} == {
+        "item": "fused_uvm", "category": "fused_uvm_caching", "tag": "fused_uvm_caching"}
+    assert [(shard.rank, shard.size) for shard in behind.placed] == [(shard.rank, shard.size) for shard in plain.placed]
 
 
 def test_a_plans_hash_and_differences_follow_what_it_says() -> None:
