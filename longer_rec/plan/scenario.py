@@ -270,10 +270,12 @@ def step_terms(scenario: Scenario, tables: Mapping[str, float]) -> dict[str, dic
     forward_passes = 1 + _BACKWARD_PER_FORWARD + bool(scenario.job.train.recompute)
     table_calls, dense_calls = len(scenario.tables) * share, len(list(scenario.ranker.tower.parameters())) * share
     return {
-        "lookup": {"lookup": tables["forward"] * share, "call_s": table_calls, "network": forward_exchange, "latency_s": 2 * rounds},
+        "lookup": {"call_s": table_calls, "lookup": tables["forward"] * share, "network": forward_exchange,
+                   "latency_s": 2 * rounds},
         "tower": {"tower": scenario.flops * forward_passes * share / hardware.flops[scenario.job.train.precision]},
         "reduce": {"call_s": dense_calls, "memory": 3 * size * share / hardware.device_bw, "latency_s": 2 * rounds,
                    "network": 2 * size * (num_ranks - 1) / num_ranks / hardware.network_bw},
-        "sparse": {"sparse": tables["backward"] * share, "call_s": table_calls, "network": backward_exchange, "latency_s": rounds},
+        "sparse": {"call_s": table_calls, "sparse": tables["backward"] * share, "network": backward_exchange,
+                   "latency_s": rounds},
         "dense": {"call_s": dense_calls, "memory": 7 * size * share / hardware.device_bw},
     }

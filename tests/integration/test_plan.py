@@ -49,8 +49,8 @@ def test_a_plan_for_another_model_is_refused_by_training(commands: CommandServer
     outcome = commands.run("train", CONFIG, f"data.dir={synthetic}", f"run_dir={tmp_path / 'run'}",
                            f"sparse.plan={tmp_path / 'plan.json'}")
     assert outcome.code == 2
-    assert re.fullmatch(r"longer-rec: .*the plan has table '\w+' with \d+ rows of 16 .*, the model \d+ rows of 8 .*; plan "
-                        r"again.*\n", outcome.err), outcome
+    assert re.fullmatch(r"longer-rec: .*the plan has table '\w+' with \d+ rows of 16 .*, the model \d+ rows of 8 .*; "
+                        r"plan again.*\n", outcome.err), outcome
 
 
 def test_what_does_not_fit_is_explained_and_every_remedy_fits(commands: CommandServer, synthetic: Path, job: Job,
