@@ -167,7 +167,7 @@ def _ladders(scenario: Scenario) -> Iterator[list[tuple[str, Scenario]]]:
         step = max(1, number // 32)
         yield [(f"data.{key}={size} instead of {number}", scenario.change(**{key: size}))
                for size in (*range(number - step, least, -step), least) if size < number]
-    sizes = [size << 30 for size in _GPU_GIB] if on_gpu else [have * eighths // 8 for eighths in range(9, 129)]
+    sizes = [size << 30 for size in _GPU_GIB] if on_gpu else _grown(have)
     yield [(f"{format_bytes(size)} on each device instead of {format_bytes(have)}",
             scenario.change(memory_bytes=size)) for size in sizes if size > have]
     if have <= scenario.reserved_bytes:
@@ -186,12 +186,18 @@ def _ladders(scenario: Scenario) -> Iterator[list[tuple[str, Scenario]]]:
     if on_gpu:
         names = [", ".join(table.name for table in tables[:count]) for count in (1, 2, 3)]
         names += [f"the {count} largest tables" for count in range(4, len(tables) + 1)]
-        for kernel in ("fused_uvm_caching", "fused_uvm"):
-            yield [(f"{name} in host memory ({kernel})", scenario.with_choice(tables[:count], kernels=(kernel,)))
-                   for count, name in enumerate(names[:len(tables)], start=1)]
-        on_host = hardware.host_bytes
-        yield [(f"{format_bytes(size)} on each host instead of {format_bytes(on_host)}",
-                scenario.change(host_bytes=size)) for size in range(on_host * 3 // 2, on_host * 16, on_host // 2)]
+        places = {"fused": "on the device", "fused_uvm_caching": "in host memory behind a device cache",
+                  "fused_uvm": "in host memory"}
+        for kernel, where in places.items():
+            yield [(f"{name} {where} ({kernel})", scenario.with_choice(tables[:count], kernels=(kernel,)))
+                   for count, name in enumerate(names[:len(tables)], start=1) if kernel != scenario.job.sparse.kernel]
+        yield [(f"{format_bytes(size)} on each host instead of {format_bytes(hardware.host_bytes)}",
+                scenario.change(host_bytes=size)) for size in _grown(hardware.host_bytes)]
+
+
+def _grown(size: int) -> list[int]:
+    """A quarter more each, up to a few thousand times as much."""
+    return [size * 5 ** power // 4 ** power for power in range(1, 40)]
 
 
 def parse_constraints(texts: Sequence[str]) -> Mapping[str, Choice]:

@@ -96,6 +96,7 @@ def test_tables_behind_too_little_host_memory_are_told_so(commands: CommandServe
     assert re.search(r"tables need [\d.]+ \w+ of host memory, of which each of 2 ranks has 512 KiB",
                      " ".join(outcome.out.split()))
     assert "MiB on each host instead of 1 MiB" in outcome.out
+    assert "on the device (fused)" in outcome.out
 
 
 @pytest.mark.parametrize(("options", "message"), [
