@@ -66,7 +66,8 @@ def test_what_does_not_fit_is_explained_and_every_remedy_fits(commands: CommandS
     found = remedies(Scenario(job, open_dataset(job.data.dir), parse_topology("2x30MB:device=cpu")))
     assert found
     # The shortest history that the tower can be built for is the last one tried.
-    assert not remedies(Scenario(job, open_dataset(job.data.dir), parse_topology("2x1MB:device=cpu")))
+    [larger] = remedies(Scenario(job, open_dataset(job.data.dir), parse_topology("2x1MB:device=cpu")))
+    assert re.fullmatch(r"[\d.]+ MiB on each device instead of 1 MiB", larger.text)
     for remedy in found:
         asked = remedy.outcome.scenario
         assert remedy.outcome.found.plan is not None
