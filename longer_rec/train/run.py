@@ -100,7 +100,7 @@ def _test(trainer: Trainer) -> dict[str, float]:
             write_atomically(trainer.job.run_dir / "analysis.json", json.dumps(content, allow_nan=False))
         return metrics
 
-    return on_main(trainer.world, analyse)
+    return on_main(analyse)
 
 
 def replay_run(run_dir: Path) -> list[str]:

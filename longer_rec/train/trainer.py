@@ -271,7 +271,7 @@ class Trainer:
     def evaluate(self, split: str, max_requests: int | None = None) -> dict[str, float]:
         """Metrics of a split with the current weights; a collective call."""
         scores = self.gather_scores(split, max_requests)
-        return on_main(self.world, lambda: metrics_of(scores, self.dataset))
+        return on_main(lambda: metrics_of(scores, self.dataset))
 
     def gather_scores(self, split: str, max_requests: int | None = None) -> Scores | None:
         """Scores of a split, on rank 0; a collective call.
