@@ -6,8 +6,9 @@ and 2 queries the queries see
     query 0: 1 1 1 0
     query 1: 1 1 1 1
 
-With positions p a query sees keys 0 .. p, and without either all keys of its request. Beside the output comes the
-log-sum-exp of the scores, with which ``own_attention.merge_own`` adds keys that belong to one candidate alone.
+With positions p a query sees keys 0 .. p, or a window that ends there, and without either all keys of its request.
+Beside the output comes the log-sum-exp of the scores, with which ``join`` adds another set of keys, and
+``own_attention.merge_own`` those that belong to one candidate alone.
 """
 
 import math
@@ -28,8 +29,18 @@ def attend(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, plan: Attentio
     return _Attention.apply(query_QHE, key_SHE, value_SHE, plan)
 
 
+def join(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys, each as ``attend`` gave it, as one softmax."""
+    log_sums = torch.stack([left[1], right[1]])
+    # Finite: where neither has a key both are -inf, and their outputs 0.
+    log_sums = log_sums.clamp(min=torch.finfo(log_sums.dtype).min / 2)
+    weight = log_sums.softmax(0).to(left[0].dtype).unsqueeze(-1)
+    return weight[0] * left[0] + weight[1] * right[0], log_sums.logsumexp(0)
+
+
 def attend_ref(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, query_length_B: Tensor, key_length_B: Tensor,
-               causal: bool, position_Q: Tensor | None = None) -> tuple[Tensor, Tensor]:
+               causal: bool, position_Q: Tensor | None = None, first_Q: Tensor | None = None
+               ) -> tuple[Tensor, Tensor]:
     """Twin of ``plan_attention`` and ``attend``: one request at a time, an explicit mask, no shortcut."""
     outputs, sums, first = [], [], 0
     queries = query_QHE.split(query_length_B.tolist())
@@ -39,8 +50,11 @@ def attend_ref(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, query_leng
         score_HQS = torch.einsum("qhe,she->hqs", query, key) / math.sqrt(query.shape[-1])
         seen_QS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=score_HQS.device)
         if position_Q is not None:
-            seen_QS = torch.arange(num_keys, device=seen_QS.device) <= position_Q[first:first + num_queries, None]
-            first += num_queries
+            own = slice(first, first + num_queries)
+            key_S, first = torch.arange(num_keys, device=seen_QS.device), own.stop
+            seen_QS = key_S <= position_Q[own, None]
+            if first_Q is not None:
+                seen_QS &= key_S >= first_Q[own, None]
         elif causal:
             seen_QS = seen_QS.tril(num_keys - num_queries)
         score_HQS = score_HQS.masked_fill(~seen_QS, -math.inf)

@@ -47,10 +47,11 @@ class AttentionPlan:
 
 
 def plan_attention(query_length_B: Tensor, key_length_B: Tensor, num_heads: int, causal: bool,
-                   position_Q: Tensor | None = None) -> AttentionPlan:
+                   position_Q: Tensor | None = None, first_Q: Tensor | None = None) -> AttentionPlan:
     """Group requests so that padding costs less than the calls it saves.
 
-    ``position_Q`` takes the place of ``causal``: a query sees the keys 0 .. its position, counted within its request.
+    ``position_Q`` takes the place of ``causal``: a query sees the keys 0, or ``first_Q``, to its position, counted
+    within its request.
     """
     query_lengths, key_lengths = query_length_B.tolist(), key_length_B.tolist()  # host sync on GPU
     device = query_length_B.device
@@ -68,8 +69,10 @@ def plan_attention(query_length_B: Tensor, key_length_B: Tensor, num_heads: int,
         if position_Q is not None:
             rows = len(requests) * num_heads * num_queries
             source = query_source[row:row + rows].view(len(requests), num_heads, num_queries)[:, 0] // num_heads
-            later = key > (position_Q[source] + missing.unsqueeze(1)).unsqueeze(2)
-            hidden = later if hidden is None else later | hidden
+            shift = missing.unsqueeze(1)
+            hidden = key > (position_Q[source] + shift).unsqueeze(2)
+            least = shift.expand_as(source) if first_Q is None else first_Q[source] + shift
+            hidden |= key < least.unsqueeze(2)
             row += rows
         groups.append(Group(len(requests), num_queries, longest, hidden))
     return AttentionPlan(tuple(groups), query_source, query_place, query_padding, key_source, key_place, num_heads,

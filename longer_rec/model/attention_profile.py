@@ -16,6 +16,7 @@ from longer_rec.model.jagged import position_from_newest, rows_after, start_of
 from longer_rec.model.layers import CausalLayer
 from longer_rec.model.longer import LongerTower
 from longer_rec.model.merge import merged_lengths
+from longer_rec.model.own_attention import OwnMask, own_mask
 from longer_rec.model.state import LayerCache
 
 
@@ -26,8 +27,8 @@ def attention_mass(tower: LongerTower, user: UserSide, candidates: CandidateSide
 
     A merged token stands where its newest event does: so many events from the request's newest (0), so many seconds
     old. Bucket i holds [edge[i - 1], edge[i]). Behind the buckets come the keys that stand nowhere (user globals,
-    learned queries) and the candidate's own tokens; behind the heads, at H, what they all would pay if every visible
-    key were worth the same. Each of a candidate's tokens adds 1 to each head.
+    learned queries, hidden copies) and the candidate's own tokens; behind the heads, at H, what they all would pay if
+    every visible key were worth the same. Each of a candidate's tokens, of its copies the last, adds 1 to each head.
     """
     user = keep_newest(user, tower.max_events)
     K, length_B = tower.config.merge_size, user.length_B
@@ -43,30 +44,36 @@ def attention_mass(tower: LongerTower, user: UserSide, candidates: CandidateSide
     merged_row_M, _ = rows_after(merged_length_B, tower.globals.num_tokens)
     token_S = torch.full((encoded[0][0].shape[0],), len(position_M), device=length_B.device)
     token_S[merged_row_M] = torch.arange(len(position_M), device=length_B.device)
+    mask = own_mask(tower.config.num_candidate_tokens, tower.config.copies, last_copy_alone=True)
     masses: tuple[list[Tensor], list[Tensor]] = [], []
-    for layer, (_, _, queries), (token_CGX, cache, num_candidates_B) in zip(tower.causal_layers, encoded, scored,
-                                                                            strict=True):
+    for layer, (_, _, queries), (token_CGX, cache, num_candidates_B, _) in zip(tower.causal_layers, encoded,
+                                                                               scored, strict=True):
         for mass, bucket_M, edge in zip(masses, buckets, edges, strict=True):
             nowhere = len(edge) + 1
             bucket_S = torch.cat([bucket_M, bucket_M.new_tensor([nowhere])])[token_S[:len(cache.key_SHE)]]
-            mass.append(_layer_mass(layer, token_CGX, cache, num_candidates_B, bucket_S, nowhere + 2))
+            mass.append(_layer_mass(layer, token_CGX, cache, num_candidates_B, mask, bucket_S, nowhere + 2))
         token_S = token_S if queries.row_Q is None else token_S[queries.row_Q]
     return torch.stack(masses[0]), torch.stack(masses[1])
 
 
-def _layer_mass(layer: CausalLayer, token_CGX: Tensor, cache: LayerCache, num_candidates_B: Tensor, bucket_S: Tensor,
-                num_columns: int) -> Tensor:
-    query_CGHE, own_CGHE, _ = layer.own_heads(layer.attention_norm(token_CGX))
-    _, G, H, E = query_CGHE.shape
-    unseen_GG = torch.ones(G, G, dtype=torch.bool, device=bucket_S.device).triu(1)
+def _layer_mass(layer: CausalLayer, token_CGX: Tensor, cache: LayerCache, num_candidates_B: Tensor, mask: OwnMask,
+                bucket_S: Tensor, num_columns: int) -> Tensor:
+    query_CQHE, own_CGHE, _ = layer.own_heads(layer.attention_norm(token_CGX), len(mask.seen))
+    G, H, E = own_CGHE.shape[1:]
+    unseen_QG = torch.tensor([[row not in rows for row in range(G)] for rows in mask.seen], device=bucket_S.device)
     mass = torch.zeros(H + 1, num_columns, dtype=torch.float64, device=bucket_S.device)
     lengths, counts = cache.length_B.tolist(), num_candidates_B.tolist()
-    for query, own, key, bucket in zip(query_CGHE.split(counts), own_CGHE.split(counts), cache.key_SHE.split(lengths),
-                                       bucket_S.split(lengths), strict=True):
-        shared = torch.einsum("cghe,she->hcgs", query, key)
-        score = torch.cat([shared, torch.einsum("cghe,cfhe->hcgf", query, own)], dim=-1).float() / math.sqrt(E)
+    windows = [cache.key_SHE[:0]] * len(counts)
+    if cache.window is not None:
+        windows = list(cache.window.key_SHE.split(cache.window.length_B.tolist()))
+    for query, own, key, window, bucket in zip(query_CQHE.split(counts), own_CGHE.split(counts),
+                                               cache.key_SHE.split(lengths), windows, bucket_S.split(lengths),
+                                               strict=True):
+        shared = torch.einsum("cqhe,she->hcqs", query, torch.cat([key, window]))
+        bucket = torch.cat([bucket, bucket.new_full((len(window),), num_columns - 2)])
+        score = torch.cat([shared, torch.einsum("cqhe,cghe->hcqg", query, own)], dim=-1).float() / math.sqrt(E)
         score = torch.cat([score, torch.zeros_like(score[:1])])
-        score[..., -G:].masked_fill_(unseen_GG, -math.inf)
+        score[..., -G:].masked_fill_(unseen_QG, -math.inf)
         paid = score.softmax(-1).sum((1, 2), dtype=torch.float64)
         mass.index_add_(1, torch.cat([bucket, bucket.new_full((G,), num_columns - 1)]), paid)
     return mass

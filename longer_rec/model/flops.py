@@ -66,8 +66,10 @@ def tower_flops(config: TowerConfig, widths: InputWidths, num_tasks: int, histor
         slots = sum(merged) * K
         layer = slots * (4 * D * D + 2 * inner.ffn_multiple * D * D) + 2 * sum(merged) * K * K * D
         merge = 2 * (inner.num_layers * layer + slots * D * D)
-    own = [G * count for count in candidate_counts]
-    layers = [_layer_flops(config, keys, queries, own) for keys, queries in layer_rows(config, history_lengths)]
+    copied = hidden_rows(config, history_lengths)
+    layers = [_layer_flops(config, keys, queries, candidate_counts, depth)
+              + _hidden_flops(config, keys, copied, candidate_counts, depth)
+              for depth, (keys, queries) in enumerate(layer_rows(config, history_lengths))]
     interaction, interaction_width = _interaction_flops(config, widths, C)
     has_ids = config.head.id_scale > 0
     candidate_in = G * X + has_ids * item + widths.num_item_dense
@@ -79,28 +81,60 @@ def tower_flops(config: TowerConfig, widths: InputWidths, num_tasks: int, histor
     return TowerFlops(inputs, merge, interaction, layers[0], sum(layers[1:]), head)
 
 
-def layer_rows(config: TowerConfig, history_lengths: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """(keys, queries) of each layer's user side, by request."""
+def sampled_rows(config: TowerConfig, history_lengths: Sequence[int]) -> list[int]:
+    """Sequence queries of each request."""
     merged = [-(-length // config.merge_size) for length in history_lengths]
     if config.sampling == "all":
-        kept = merged
-    elif config.sampling == "learnable":
-        kept = [config.num_queries * (length > 0) for length in merged]
-    else:
-        kept = [min(length, config.num_queries) for length in merged]
-    keys = [length + config.num_user_globals for length in merged]
-    sampled = [length + config.num_user_globals for length in kept]
-    read = sampled if config.reads_sequence else [config.num_read_globals] * len(merged)
+        return merged
+    if config.sampling == "learnable":
+        return [config.num_queries * (length > 0) for length in merged]
+    return [min(length, config.num_queries) for length in merged]
+
+
+def layer_rows(config: TowerConfig, history_lengths: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """(keys, queries) of each layer's user side, by request."""
+    keys = [-(-length // config.merge_size) + config.num_user_globals for length in history_lengths]
+    sampled = [length + config.num_user_globals for length in sampled_rows(config, history_lengths)]
+    read = sampled if config.reads_sequence else [config.num_read_globals] * len(keys)
     queries = [sampled] * config.num_self_layers + [read]
     return list(zip([keys, *queries[:-1]], queries, strict=True))
 
 
-def _layer_flops(config: TowerConfig, keys: Sequence[int], queries: Sequence[int], own: Sequence[int]) -> int:
+def hidden_rows(config: TowerConfig, history_lengths: Sequence[int]) -> list[int]:
+    """Hidden tokens of each request's user (``phd.py``)."""
+    chunk = config.phd.chunk if config.phd is not None else 0
+    return [min(length, chunk) * (config.copies - 1) for length in sampled_rows(config, history_lengths)]
+
+
+def candidate_rows(config: TowerConfig, depth: int) -> tuple[int, int]:
+    """Own tokens of one candidate in a layer: all of them, and those whose outputs are read."""
+    G, R = config.num_candidate_tokens, config.copies
+    return G * R, G if depth == config.num_self_layers else G * R
+
+
+def _layer_flops(config: TowerConfig, keys: Sequence[int], queries: Sequence[int], counts: Sequence[int], depth: int
+                 ) -> int:
     """Projections and FFN of the user's queries and the candidates' tokens; attention of both over the keys."""
-    X = config.merged_width
+    X, (own, read) = config.merged_width, candidate_rows(config, depth)
     per_query = 2 * X * X + 2 * config.ffn_multiple * X * X
-    linear = 2 * (sum(keys) * 2 * X * X + sum(queries) * per_query + sum(own) * (2 * X * X + per_query))
-    return linear + 4 * X * sum(key * (query + rows) for key, query, rows in zip(keys, queries, own, strict=True))
+    linear = (sum(keys) + own * sum(counts)) * 2 * X * X + (sum(queries) + read * sum(counts)) * per_query
+    return 2 * linear + 4 * X * sum(key * (query + read * count)
+                                    for key, query, count in zip(keys, queries, counts, strict=True))
+
+
+def _hidden_flops(config: TowerConfig, keys: Sequence[int], hidden: Sequence[int], counts: Sequence[int], depth: int
+                  ) -> int:
+    """What a window adds: the users' hidden tokens, and candidates' attention to the newest of them."""
+    if config.phd is None or not config.phd.window:
+        return 0
+    X, is_last = config.merged_width, depth == config.num_self_layers
+    window = [min(rows, config.phd.window) for rows in hidden]
+    per_candidate = config.num_candidate_tokens * (1 if is_last else config.copies - 1)
+    seen = 4 * X * per_candidate * sum(count * rows for count, rows in zip(counts, window, strict=True))
+    if is_last:
+        return seen + 4 * X * X * sum(window)
+    linear = 2 * sum(hidden) * (4 * X * X + 2 * config.ffn_multiple * X * X)
+    return seen + linear + 4 * X * sum(rows * (key + rows) for rows, key in zip(hidden, keys, strict=True))
 
 
 def _interaction_flops(config: TowerConfig, widths: InputWidths, num_candidates: int) -> tuple[int, int]:

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longer_rec.model.attention import attend
+from longer_rec.model.attention import attend, join
 from longer_rec.model.attention_plan import plan_attention
 from longer_rec.model.norms import HeadNorm, LayerNorms, NormKind, build_norm, init_megatron
-from longer_rec.model.own_attention import merge_own
+from longer_rec.model.own_attention import OwnMask, merge_own
+from longer_rec.model.phd import Chunk
 from longer_rec.model.sampling import Queries
 from longer_rec.model.state import LayerCache
 
@@ -62,26 +63,68 @@ class CausalLayer(nn.Module):
         mixed, _ = attend(query, cache.key_SHE, cache.value_SHE, plan)
         return self._finish(token_SX, mixed.flatten(1)), cache
 
-    def score(self, token_CGX: Tensor, cache: LayerCache, num_candidates_B: Tensor) -> Tensor:
-        """Candidates' tokens, each attending to its request's cached keys and to its own tokens."""
-        C, G, X = token_CGX.shape
-        query_CGHE, key_CGHE, value_CGHE = self.own_heads(self.attention_norm(token_CGX))
-        plan = plan_attention(num_candidates_B * G, cache.length_B, self.num_heads, causal=False)
-        shared, log_sum = attend(query_CGHE.flatten(0, 1), cache.key_SHE, cache.value_SHE, plan)
-        mixed_CGHE = merge_own(shared, log_sum, query_CGHE, key_CGHE, value_CGHE)
-        return self._finish(token_CGX, mixed_CGHE.reshape(C, G, X))
+    def encode_hidden(self, hidden_NX: Tensor, cache: LayerCache, chunk: Chunk, position_N: Tensor | None
+                      ) -> tuple[Tensor, LayerCache]:
+        """Outputs of the users' hidden tokens, and the keys and values of the window that candidates see.
 
-    def own_heads(self, normed_CGX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and gated values of the candidates' tokens, each C x G x H x E."""
-        weight = self.qkv.weight
+        ``position_N``: the last original that each sees; None: nobody reads the outputs.
+        """
+        X = self.merged_width
+        if position_N is None:
+            hidden_NX = hidden_NX.index_select(0, chunk.window_row)
+        normed_NX = self.attention_norm(hidden_NX)
+        key, value = F.linear(normed_NX, self.qkv.weight[X:]).chunk(2, dim=-1)
+        key, value = self.key_norm(self._heads(key)), self.value_norm(self._heads(value))
+        if position_N is None:
+            return hidden_NX[:0], LayerCache(key, value, chunk.window_length_B)
+        query = self.query_norm(self._heads(F.linear(normed_NX, self.qkv.weight[:X])))
+        originals = plan_attention(chunk.length_B, cache.length_B, self.num_heads, False, position_N)
+        hidden = plan_attention(chunk.length_B, chunk.length_B, self.num_heads, False, chunk.last_N, chunk.first_N)
+        mixed, _ = join(attend(query, cache.key_SHE, cache.value_SHE, originals), attend(query, key, value, hidden))
+        window = LayerCache(key[chunk.window_row], value[chunk.window_row], chunk.window_length_B)
+        return self._finish(hidden_NX, mixed.flatten(1)), window
+
+    def score(self, token_CGX: Tensor, cache: LayerCache, num_candidates_B: Tensor, mask: OwnMask) -> Tensor:
+        """Candidates' last tokens, the queries of ``mask``, attending to their request's cached keys and their own."""
+        C, _, X = token_CGX.shape
+        Q = len(mask.seen)
+        query_CQHE, key_CGHE, value_CGHE = self.own_heads(self.attention_norm(token_CGX), Q)
+        plan = plan_attention(num_candidates_B * Q, cache.length_B, self.num_heads, causal=False)
+        shared, log_sum = attend(query_CQHE.flatten(0, 1), cache.key_SHE, cache.value_SHE, plan)
+        if cache.window is not None:
+            shared, log_sum = self._add_window(shared, log_sum, query_CQHE, cache.window, num_candidates_B, mask)
+        mixed_CQHE = merge_own(shared, log_sum, query_CQHE, key_CGHE, value_CGHE, mask)
+        return self._finish(token_CGX[:, -Q:], mixed_CQHE.reshape(C, Q, X))
+
+    def _add_window(self, shared_QHE: Tensor, log_sum_QH: Tensor, query_CQHE: Tensor, window: LayerCache,
+                    num_candidates_B: Tensor, mask: OwnMask) -> tuple[Tensor, Tensor]:
+        """What the hidden copies among the queries see of the users' hidden tokens, on top."""
+        C, Q, H, E = query_CQHE.shape
+        parts = [Q - mask.num_hidden, mask.num_hidden]
+        originals, hidden = shared_QHE.view(C, Q, H, E).split(parts, dim=1)
+        original_sums, hidden_sums = log_sum_QH.view(C, Q, H).split(parts, dim=1)
+        plan = plan_attention(num_candidates_B * mask.num_hidden, window.length_B, H, causal=False)
+        added = attend(query_CQHE[:, parts[0]:].flatten(0, 1), window.key_SHE, window.value_SHE, plan)
+        joined, sums = join((hidden.flatten(0, 1), hidden_sums.flatten(0, 1)), added)
+        return (torch.cat([originals, joined.view(hidden.shape)], dim=1).flatten(0, 1),
+                torch.cat([original_sums, sums.view(hidden_sums.shape)], dim=1).flatten(0, 1))
+
+    def own_heads(self, normed_CGX: Tensor, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of candidates' tokens: the last ones' queries, C x Q x H x E, all keys and gated values, C x G x H x E."""
+        X, weight = self.merged_width, self.qkv.weight
         if not self.norms.heads:  # the gate in the weights, which costs no pass over the candidates
-            query_key, value = weight.split([2 * self.merged_width, self.merged_width])
+            query_key, value = weight.split([2 * X, X])
             weight = torch.cat([query_key, value * self.own_gain.unsqueeze(1)])
-        query_CGHE, key_CGHE, value_CGHE = (self._heads(each) for each in F.linear(normed_CGX, weight).chunk(3, dim=-1))
+        if num_queries == normed_CGX.shape[1]:
+            parts = F.linear(normed_CGX, weight).chunk(3, dim=-1)
+        else:
+            parts = (F.linear(normed_CGX[:, -num_queries:], weight[:X]),
+                     *F.linear(normed_CGX, weight[X:]).chunk(2, dim=-1))
+        query_CQHE, key_CGHE, value_CGHE = (self._heads(each) for each in parts)
         if not self.norms.heads:
-            return query_CGHE, key_CGHE, value_CGHE
+            return query_CQHE, key_CGHE, value_CGHE
         gain_HE = self._heads(self.own_gain).to(value_CGHE.dtype)
-        return self.query_norm(query_CGHE), self.key_norm(key_CGHE), self.value_norm(value_CGHE) * gain_HE
+        return self.query_norm(query_CQHE), self.key_norm(key_CGHE), self.value_norm(value_CGHE) * gain_HE
 
     def _finish(self, token: Tensor, mixed: Tensor) -> Tensor:
         token = token + self._drop(self.proj(mixed))

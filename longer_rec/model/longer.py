@@ -6,6 +6,7 @@ the candidates' tokens against them. Source: LONGER, arXiv 2505.04421; the candi
 user's side never depends on a candidate.
 """
 
+from dataclasses import replace
 from typing import Literal, cast
 
 import pydantic
@@ -21,9 +22,13 @@ from longer_rec.model.jagged import request_of, rows_after
 from longer_rec.model.layers import CausalLayer
 from longer_rec.model.merge import InnerTransConfig, TokenMerge
 from longer_rec.model.norms import LayerInit, NormKind, NormPlace, build_norm, layer_norms
+from longer_rec.model.own_attention import own_mask
+from longer_rec.model.phd import HiddenCopies, PHDConfig, check_phd
 from longer_rec.model.sampling import DEFAULT_QUERIES, Queries, Sampling, check_sampling, fewest_events, newest, sample
 from longer_rec.model.state import LayerCache, UserState
 from longer_rec.model.tokens import EventTokens, UserGlobals
+
+_SIDES = ("encode", "encode_hidden", "score")
 
 
 class TowerConfig(Config):
@@ -51,6 +56,7 @@ class TowerConfig(Config):
     interaction: InteractionConfig | None = None
     head: HeadConfig = HeadConfig()
     pooling: Literal["candidate", "globals", "globals+mean"] = "globals"
+    phd: PHDConfig | None = None
 
     @property
     def merged_width(self) -> int:
@@ -69,6 +75,11 @@ class TowerConfig(Config):
     @property
     def num_candidate_tokens(self) -> int:
         return 2 if self.interaction is not None and self.interaction.placement == "token" else 1
+
+    @property
+    def copies(self) -> int:
+        """R of parallel hidden decoding; 1 without it."""
+        return 1 if self.phd is None else self.phd.copies
 
     @property
     def num_user_globals(self) -> int:
@@ -108,6 +119,7 @@ class LongerTower(nn.Module):
             CausalLayer(X, config.heads, config.ffn_multiple, config.dropout, config.norm_kind, config.matcher_gamma,
                         layer_norms(config.norm, depth), config.megatron_layers)
             for depth in range(1 + config.num_self_layers))
+        self.copies = HiddenCopies(config.phd or PHDConfig(copies=1), X)
         self.final_norm = build_norm(config.norm_kind, X)
         self.interaction, interaction_width = build_interaction(config.interaction, widths)
         if config.interaction is not None and config.interaction.placement != "none":
@@ -131,8 +143,8 @@ class LongerTower(nn.Module):
         parts: dict[str, list[tuple[nn.Module, str]]] = {
             "input": [(self.tokens, "events"), (self.tokens, "candidates"), (self.globals, "forward")],
             "merge": [(self.merge, "forward")],
-            "cross": [(cross, "encode"), (cross, "score")],
-            "self": [(layer, method) for layer in own for method in ("encode", "score")],
+            "cross": [(cross, method) for method in _SIDES],
+            "self": [(layer, method) for layer in own for method in _SIDES],
             "head": [(self.head, "encode"), (self.head, "forward")]}
         if self.interaction is not None:
             parts["interaction"] = [(self.interaction, "score")]
@@ -146,23 +158,22 @@ class LongerTower(nn.Module):
         length_B = merged_length_B + self.config.num_user_globals
         if self.config.sampling == "learnable":
             token_SX = torch.cat([token_SX, self.learned.to(token_SX.dtype)])
+        sampled = sample(self.config.sampling, length_B, self.config.num_user_globals, self.config.num_queries)
+        hidden_NX, chunk = self.copies.of_queries(token_SX, length_B, sampled, self.config.num_user_globals)
         caches: list[LayerCache] = []
         for depth, layer in enumerate(self.causal_layers):
-            queries = self._queries(depth, length_B)
+            is_last = depth == self.config.num_self_layers
+            queries = sampled if depth == 0 else Queries(length_B)
+            if is_last and not self.config.reads_sequence:
+                queries = newest(length_B, torch.full_like(length_B, self.config.num_read_globals))
             token_SX, cache = layer.encode(token_SX, length_B, queries)
+            if chunk is not None:
+                hidden_NX, window = layer.encode_hidden(hidden_NX, cache, chunk, chunk.position_N(depth, is_last))
+                cache = replace(cache, window=window)
             length_B = queries.length_B
             caches.append(cache)
         runs = self.interaction.encode(user) if self.interaction is not None else None
         return UserState(self._encode_head(user, self.final_norm(token_SX), length_B), tuple(caches), runs)
-
-    def _queries(self, depth: int, length_B: Tensor) -> Queries:
-        """Sampled in the cross layer, every token after it; in the last layer, no more than the head reads."""
-        config = self.config
-        if depth == config.num_self_layers and not config.reads_sequence:
-            return newest(length_B, torch.full_like(length_B, config.num_read_globals))
-        if depth > 0:
-            return Queries(length_B)
-        return sample(config.sampling, length_B, config.num_user_globals, config.num_queries)
 
     def score(self, state: UserState, candidates: CandidateSide) -> Tensor:
         """Logits C x Y."""
@@ -177,9 +188,10 @@ class LongerTower(nn.Module):
                 tokens = [token_CX + self.interaction_token(hidden)]
             if self.interaction.config.to_head:
                 parts.append(hidden)
-        token_CGX = torch.stack(tokens, dim=1)
-        for layer, cache in zip(self.causal_layers, state.layers, strict=True):
-            token_CGX = layer.score(token_CGX, cache, candidates.length_B)
+        token_CGX = self.copies.of_candidates(torch.stack(tokens, dim=1))
+        for depth, (layer, cache) in enumerate(zip(self.causal_layers, state.layers, strict=True)):
+            mask = own_mask(len(tokens), self.config.copies, last_copy_alone=depth == self.config.num_self_layers)
+            token_CGX = layer.score(token_CGX, cache, candidates.length_B, mask)
         parts.append(self.final_norm(token_CGX).flatten(1))
         parts += scaled_inputs(candidates.embedding, self.item_names, self.config.head.id_scale)
         parts.append(candidates.dense_CF.to(token_CX.dtype))
@@ -228,6 +240,8 @@ def build_interaction(config: InteractionConfig | None, widths: InputWidths) -> 
 def _check(config: TowerConfig, widths: InputWidths, max_events: int) -> None:
     check_sampling(config.sampling, config.num_queries, config.num_self_layers, config.reads_sequence,
                    config.merge_size, max_events)
+    if config.phd is not None:
+        check_phd(config.phd, config.sampling, config.num_queries, -(-max_events // config.merge_size))
     X, H = config.merged_width, config.heads
     if X % H:
         divisors = [heads for heads in range(1, X + 1) if X % heads == 0]

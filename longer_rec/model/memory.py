@@ -7,11 +7,12 @@ the end of the forward pass of one logical worker everything counted here is ali
 from collections.abc import Collection, Sequence
 
 from longer_rec.model.attention_plan import group_requests
-from longer_rec.model.flops import layer_rows
+from longer_rec.model.flops import candidate_rows, hidden_rows, layer_rows
 from longer_rec.model.inputs import InputWidths
 from longer_rec.model.interaction import NUM_EXTREMES, num_statistics
 from longer_rec.model.longer import TowerConfig
 from longer_rec.model.norms import LayerNorms, layer_norms
+from longer_rec.model.own_attention import own_mask
 
 _INDEX = 8  # int64
 _FULL = 4  # the residual stream and what norms keep stay fp32 under autocast
@@ -42,24 +43,26 @@ class _Counter:
                  candidate_counts: Sequence[int], value_bytes: int) -> None:
         self.config, self.widths, self.num_tasks, self.value = config, widths, num_tasks, value_bytes
         self.B, self.T, self.C = len(history_lengths), sum(history_lengths), sum(candidate_counts)
-        self.candidates = [config.num_candidate_tokens * count for count in candidate_counts]
-        self.N = sum(self.candidates)
+        self.counts = candidate_counts
         self.merged = [-(-length // config.merge_size) for length in history_lengths]
         self.item = sum(widths.item.values())
         self.layers = layer_rows(config, history_lengths)
+        self.hidden = hidden_rows(config, history_lengths)
+        window = config.phd.window if config.phd is not None else 0
+        self.window = [min(rows, window) for rows in self.hidden]
 
     def parts(self) -> dict[str, list[tuple[int, int]]]:
         """(what it is given, what else it keeps) of each module of a part."""
         X = self.config.merged_width
-        norms = [layer_norms(self.config.norm, depth) for depth in range(len(self.layers))]
-        cross, *own = [[(_FULL * X * sum(keys), self._user_layer(keys, queries, norm)),
-                        (_FULL * X * self.N, self._candidate_layer(keys, norm))]
-                       for (keys, queries), norm in zip(self.layers, norms, strict=True)]
+        cross, *own = [[(_FULL * X * sum(keys), self._user_layer(keys, queries, depth)),
+                        self._hidden_layer(keys, depth), self._candidate_layer(keys, depth)]
+                       for depth, (keys, queries) in enumerate(self.layers)]
         cross.append((_FULL * X * sum(self.layers[0][0]) if self.config.num_user_globals else 0, 0))
         # index_copy keeps what it copies: the events into groups, the merged tokens beside the globals.
         merge = (_FULL * self.T * self.config.width if self.config.merge_size > 1 else 0, self._merge())
         # Of the head's inputs, the norm before it keeps its own.
-        head = (self._head_inputs() + (self.N + sum(self.layers[-1][1])) * _FULL * (X + 2), self._head())
+        outputs = self.C * self.config.num_candidate_tokens + sum(self.layers[-1][1])
+        head = (self._head_inputs() + outputs * _FULL * (X + 2), self._head())
         parts = {"input": [(0, self._input())], "merge": [merge], "cross": cross,
                  "self": [module for layer in own for module in layer], "head": [head]}
         if self.config.interaction is not None:
@@ -68,7 +71,7 @@ class _Counter:
 
     def state(self) -> int:
         """Keys and values of every layer, and the runs of matches."""
-        caches = sum(2 * self.value * sum(keys) * self.config.merged_width for keys, _ in self.layers)
+        caches = sum(2 * self.value * sum(keys + self.window) * self.config.merged_width for keys, _ in self.layers)
         interaction = self.config.interaction
         if interaction is None:
             return caches
@@ -96,22 +99,25 @@ class _Counter:
         layer = slots * ((6 + 2 * inner.ffn_multiple) * D * self.value + weights + _FULL * (2 * D + 4))
         return index + inner.num_layers * layer + slots * D * self.value
 
-    def _user_layer(self, keys: Sequence[int], queries: Sequence[int], norms: LayerNorms) -> int:
-        X, S, Q = self.config.merged_width, sum(keys), sum(queries)
+    def _user_layer(self, keys: Sequence[int], queries: Sequence[int], depth: int) -> int:
+        X, S, Q, norms = self.config.merged_width, sum(keys), sum(queries), layer_norms(self.config.norm, depth)
         size = S * (self._input_norm(norms) + 2 * self._head_norm(norms))
         if Q == 0:
             return size
         size += Q * (_INDEX + self.value * X) if Q < S else 0
-        return size + Q * self._head_norm(norms) + self._attention(queries, keys) + self._feed_forward(Q, norms)
+        masked = depth == 0 and self.config.sampling not in ("recent", "all")
+        size += Q * self._head_norm(norms) + self._attention(queries, keys, masked)
+        return size + self._feed_forward(Q, norms)
 
-    def _candidate_layer(self, keys: Sequence[int], norms: LayerNorms) -> int:
-        config, N = self.config, self.N
-        X, G = config.merged_width, config.num_candidate_tokens
-        own_weights = self.C * config.heads * sum(own + 2 for own in range(G))
-        size = N * (self._input_norm(norms) + 3 * X * self.value) + self.value * (own_weights + N * X)
-        # Behind a norm the gate on own values is a product of its own.
-        size += N * (3 * self._head_norm(norms) + norms.heads * self.value * X)
-        return size + self._attention(self.candidates, keys) + self._feed_forward(N, norms)
+    def _hidden_layer(self, keys: Sequence[int], depth: int) -> tuple[int, int]:
+        """Of the users' hidden tokens."""
+        norms, is_last = layer_norms(self.config.norm, depth), depth == self.config.num_self_layers
+        X, N, W = self.config.merged_width, sum(self.hidden), sum(self.window)
+        if is_last or N == 0:
+            return _FULL * X * N, W * (self._input_norm(norms) + 2 * self._head_norm(norms) + _FULL * X + _INDEX)
+        size = N * (self._input_norm(norms) + 3 * self._head_norm(norms) + self.value * X) + self._join(N)
+        size += self._attention(self.hidden, keys, True) + self._attention(self.hidden, self.hidden, True)
+        return _FULL * X * N, size + self._feed_forward(N, norms)
 
     def _input_norm(self, norms: LayerNorms) -> int:
         """A token's mean and deviation, and itself normalised."""
@@ -121,8 +127,28 @@ class _Counter:
         """What is normalised, before and after its division by a root mean square a head, in fp32."""
         return norms.heads * _FULL * (2 * self.config.merged_width + self.config.heads)
 
-    def _attention(self, queries: Sequence[int], keys: Sequence[int]) -> int:
-        """Padded copies of queries, keys and values, the weights, the packed output, and where each row lies."""
+    def _candidate_layer(self, keys: Sequence[int], depth: int) -> tuple[int, int]:
+        config, norms, (own, read) = self.config, layer_norms(self.config.norm, depth), candidate_rows(
+            self.config, depth)
+        X, N, Q = config.merged_width, own * self.C, read * self.C
+        mask = own_mask(config.num_candidate_tokens, config.copies, last_copy_alone=read < own)
+        own_weights = self.C * config.heads * sum(len(rows) + 1 for rows in mask.seen)
+        size = N * (self._input_norm(norms) + 2 * X * self.value) + self.value * (own_weights + 2 * Q * X)
+        # Behind a norm the gate on own values is a product of its own.
+        size += (2 * N + Q) * self._head_norm(norms) + N * norms.heads * self.value * X
+        size += self.value * Q * X if read < own else 0
+        if sum(self.window):
+            size += self._attention([mask.num_hidden * count for count in self.counts], self.window)
+            size += self._join(mask.num_hidden * self.C) + self.value * Q * X
+        size += self._attention([read * count for count in self.counts], keys)
+        return _FULL * X * N, size + self._feed_forward(Q, norms)
+
+    def _join(self, rows: int) -> int:
+        """Two log-sum-exps a head before and after their bound, their softmax in both widths, their sum."""
+        return rows * self.config.heads * (7 * _FULL + 2 * self.value * (self.value < _FULL))
+
+    def _attention(self, queries: Sequence[int], keys: Sequence[int], masked: bool = False) -> int:
+        """Padded copies of queries, keys and values, the weights, a mask, the packed output, where each row lies."""
         X, H = self.config.merged_width, self.config.heads
         padded_queries = padded_keys = weights = 0
         for requests in group_requests(list(queries), list(keys), H):
@@ -131,7 +157,8 @@ class _Counter:
             padded_keys += len(requests) * longest_key
             weights += len(requests) * longest_query * longest_key * H
         values = (padded_queries + 2 * padded_keys + sum(queries)) * X + weights
-        return self.value * values + _INDEX * H * (padded_queries + padded_keys + sum(queries) + sum(keys))
+        index = _INDEX * H * (padded_queries + padded_keys + sum(queries) + sum(keys))
+        return self.value * values + index + masked * weights // H
 
     def _feed_forward(self, rows: int, norms: LayerNorms) -> int:
         X = self.config.merged_width

@@ -5,29 +5,56 @@ is one softmax: with the log-sum-exp of the shared part its output enters like a
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def merge_own(output_QHE: Tensor, log_sum_QH: Tensor, query_CGHE: Tensor, key_CGHE: Tensor, value_CGHE: Tensor
-              ) -> Tensor:
-    """Attention over the shared keys (``attend``'s results) and each candidate's own G tokens, causally.
+@dataclass(frozen=True)
+class OwnMask:
+    """Which of its own tokens each query of a candidate sees.
 
-    Q = C * G. Token g of a candidate sees its own tokens 0 .. g. Returns C x G x H x E.
+    They stand as [originals ; copy 2 of each ; copy 3 of each ...] (``phd.py``), and the queries are the last ones, of
+    them the last ``num_hidden`` hidden copies. ``seen``: rows of that list, for each query.
+    """
+
+    seen: tuple[tuple[int, ...], ...]
+    num_hidden: int = 0
+
+
+def own_mask(num_tokens: int, copies: int = 1, last_copy_alone: bool = False) -> OwnMask:
+    """Originals are causal; a hidden copy sees the originals before it, and at its position the copies up to itself.
+
+    Two tokens: ((0,), (0, 1)); with two copies also ((0, 2), (0, 1, 3)).
+    """
+    seen = [(*range(token), *(copy * num_tokens + token for copy in range(last + 1)))
+            for last in range(copies) for token in range(num_tokens)]
+    num_hidden = (copies - 1) * num_tokens
+    if last_copy_alone:
+        seen, num_hidden = seen[-num_tokens:], min(num_hidden, num_tokens)
+    return OwnMask(tuple(seen), num_hidden)
+
+
+def merge_own(output_QHE: Tensor, log_sum_QH: Tensor, query_CGHE: Tensor, key_CGHE: Tensor, value_CGHE: Tensor,
+              mask: OwnMask) -> Tensor:
+    """Attention over the shared keys (``attend``'s results) and each candidate's own tokens: C x G x H x E.
+
+    Q = C * G for the G queries of a candidate; it has as many keys or more.
     """
     shared_CGHE = output_QHE.view(query_CGHE.shape)
-    return _MergeOwn.apply(shared_CGHE, log_sum_QH.view(query_CGHE.shape[:3]), query_CGHE, key_CGHE, value_CGHE)
+    return _MergeOwn.apply(shared_CGHE, log_sum_QH.view(query_CGHE.shape[:3]), query_CGHE, key_CGHE, value_CGHE,
+                           mask.seen)
 
 
-def merge_own_ref(output_QHE: Tensor, log_sum_QH: Tensor, query_CGHE: Tensor, key_CGHE: Tensor, value_CGHE: Tensor
-                  ) -> Tensor:
+def merge_own_ref(output_QHE: Tensor, log_sum_QH: Tensor, query_CGHE: Tensor, key_CGHE: Tensor, value_CGHE: Tensor,
+                  mask: OwnMask) -> Tensor:
     """Twin of ``merge_own``."""
     C, G, H, E = query_CGHE.shape
     score = torch.einsum("cghe,cfhe->cghf", query_CGHE, key_CGHE) / math.sqrt(E)
-    unseen = torch.ones(G, G, dtype=torch.bool, device=score.device).triu(1).unsqueeze(1)
-    score = score.masked_fill(unseen, -math.inf)
+    unseen = torch.tensor([[row not in rows for row in range(key_CGHE.shape[1])] for rows in mask.seen])
+    score = score.masked_fill(unseen.unsqueeze(1).to(score.device), -math.inf)
     weight = torch.cat([log_sum_QH.view(C, G, H, 1), score], dim=-1).softmax(-1)
     own_CGHE = torch.einsum("cghf,cfhe->cghe", weight[..., 1:], value_CGHE)
     return weight[..., :1] * output_QHE.view(C, G, H, E) + own_CGHE
@@ -38,45 +65,44 @@ class _MergeOwn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shared_CGHE: Tensor, log_sum_CGH: Tensor, query_CGHE: Tensor, key_CGHE: Tensor,
-                value_CGHE: Tensor) -> Tensor:
-        G, E = query_CGHE.shape[1], query_CGHE.shape[-1]
-        scale = 1.0 / math.sqrt(E)
+                value_CGHE: Tensor, seen: tuple[tuple[int, ...], ...]) -> Tensor:
+        scale = 1.0 / math.sqrt(query_CGHE.shape[-1])
         output_CGHE = torch.empty_like(shared_CGHE)
         weights = []
         with torch.autocast(query_CGHE.device.type, enabled=False):
-            for g in range(G):
+            for g, rows in enumerate(seen):
                 scores = [log_sum_CGH[:, g]]
-                scores += [_dot(query_CGHE[:, g], key_CGHE[:, f]).to(log_sum_CGH.dtype) * scale for f in range(g + 1)]
+                scores += [_dot(query_CGHE[:, g], key_CGHE[:, f]).to(log_sum_CGH.dtype) * scale for f in rows]
                 weight = torch.softmax(torch.stack(scores), 0).to(query_CGHE.dtype)
                 mixed = torch.mul(shared_CGHE[:, g], weight[0].unsqueeze(-1), out=output_CGHE[:, g])
-                for f in range(g + 1):
-                    mixed.addcmul_(value_CGHE[:, f], weight[f + 1].unsqueeze(-1))
+                for f, share in zip(rows, weight[1:], strict=True):
+                    mixed.addcmul_(value_CGHE[:, f], share.unsqueeze(-1))
                 weights.append(weight)
         ctx.save_for_backward(shared_CGHE, query_CGHE, key_CGHE, value_CGHE, *weights)
-        ctx.scale, ctx.sum_dtype = scale, log_sum_CGH.dtype
+        ctx.scale, ctx.sum_dtype, ctx.seen = scale, log_sum_CGH.dtype, seen
         return output_CGHE
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_CGHE, = grads
         shared_CGHE, query_CGHE, key_CGHE, value_CGHE, *weights = ctx.saved_tensors
         grad_shared, grad_query = torch.empty_like(shared_CGHE), torch.zeros_like(query_CGHE)
         grad_key, grad_value = torch.zeros_like(key_CGHE), torch.zeros_like(value_CGHE)
         grad_sums = []
         with torch.autocast(query_CGHE.device.type, enabled=False):
-            for g, weight in enumerate(weights):
+            for g, (rows, weight) in enumerate(zip(ctx.seen, weights, strict=True)):
                 grad = grad_CGHE[:, g]
-                seen = [shared_CGHE[:, g], *(value_CGHE[:, f] for f in range(g + 1))]
-                grad_weight = torch.stack([_dot(grad, each) for each in seen])
+                mixed = [shared_CGHE[:, g], *(value_CGHE[:, f] for f in rows)]
+                grad_weight = torch.stack([_dot(grad, each) for each in mixed])
                 grad_score = weight * (grad_weight - (weight * grad_weight).sum(0))
                 torch.mul(grad, weight[0].unsqueeze(-1), out=grad_shared[:, g])
                 grad_sums.append(grad_score[0])
                 scaled = (grad_score * ctx.scale).unsqueeze(-1)
-                for f in range(g + 1):
-                    grad_value[:, f].addcmul_(grad, weight[f + 1].unsqueeze(-1))
-                    grad_query[:, g].addcmul_(key_CGHE[:, f], scaled[f + 1])
-                    grad_key[:, f].addcmul_(query_CGHE[:, g], scaled[f + 1])
-        return grad_shared, torch.stack(grad_sums, dim=1).to(ctx.sum_dtype), grad_query, grad_key, grad_value
+                for i, f in enumerate(rows, start=1):
+                    grad_value[:, f].addcmul_(grad, weight[i].unsqueeze(-1))
+                    grad_query[:, g].addcmul_(key_CGHE[:, f], scaled[i])
+                    grad_key[:, f].addcmul_(query_CGHE[:, g], scaled[i])
+        return grad_shared, torch.stack(grad_sums, dim=1).to(ctx.sum_dtype), grad_query, grad_key, grad_value, None
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

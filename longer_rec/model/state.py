@@ -7,11 +7,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer, packed over requests: [merged events oldest to newest ; user globals] of each."""
+    """Keys and values of one layer, packed over requests: [merged events oldest to newest ; user globals] of each.
+
+    ``window``: those of the users' newest hidden tokens (``phd.py``), which only hidden copies of candidates see.
+    """
 
     key_SHE: Tensor
     value_SHE: Tensor
     length_B: Tensor
+    window: "LayerCache | None" = None
 
 
 @dataclass(frozen=True)

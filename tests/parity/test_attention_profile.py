@@ -28,7 +28,7 @@ def mass_ref(tower, user, candidates, position_edge, age_edge):
     def bucket(value, edge):
         return sum(value >= each for each in edge)
 
-    G, K, layers = tower.globals.num_tokens, tower.config.merge_size, tower.causal_layers
+    K, layers = tower.config.merge_size, tower.causal_layers
     edges = (position_edge, age_edge)
     totals = [torch.zeros(len(layers), tower.config.heads + 1, len(edge) + 3, dtype=torch.float64) for edge in edges]
     row = 0
@@ -42,42 +42,35 @@ def mass_ref(tower, user, candidates, position_edge, age_edge):
             own = [reference._candidate_token(tower, candidate)]
             if tower.config.num_candidate_tokens == 2:
                 own.insert(0, tower.interaction_token(reference._interaction(tower.interaction, alone, candidate)))
-            M, F = len(merged), len(own)
-            token = torch.cat([merged, tower.globals(alone)[0], *own])
-            sampled = reference.positions_ref(tower.config.sampling, M, tower.config.num_queries)
-            learned = tower.config.sampling == "learnable"
-            query = torch.cat([tower.learned[:len(sampled)] if learned else token[sampled], token[M:]])
-            older = [(M - 1 - m) * K for m in range(M)]  # events between a token's newest and the request's newest
+            older = [(len(merged) - 1 - m) * K for m in range(len(merged))]  # events between a token's newest and now
             values = (older, [age[len(age) - 1 - each] for each in older])
-            stands, positions = list(range(M)), [*sampled, *range(M, len(token))]
-            for depth, layer in enumerate(layers):
+            for depth, step in enumerate(reference.layer_steps(tower, merged, tower.globals(alone)[0], own)):
                 for total, edge, value in zip(totals, edges, values, strict=True):
-                    place = [len(edge) + 1 if m is None else bucket(value[m], edge) for m in stands]
-                    add_layer(total[depth], layer, token, F, place + [len(edge) + 1] * G + [len(edge) + 2] * F)
-                query = reference._layer(layer, tower.config.norm, depth == 0, query, token, positions, F)
-                token, positions = query, list(range(len(query)))
-                stands = ([None] * len(sampled) if learned else sampled) if depth == 0 else stands
+                    place = [len(edge) + 1 + bool(is_own) if m is None else bucket(value[m], edge)
+                             for m, is_own in zip(step.event_S, step.is_own_S, strict=True)]
+                    add_layer(total[depth], layers[depth], step, len(own), place)
     return totals
 
 
-def add_layer(total, layer, token, num_own, place):
-    """Each own token's softmax over the keys it sees, head by head; then with all scores 0."""
-    query_w, key_w, _ = layer.qkv.weight.split(token.shape[1])
-    normed = layer.attention_norm(token)
+def add_layer(total, layer, step, num_own, place):
+    """Each own token's softmax, of its copies the last one's, over the keys it sees; then with all scores 0."""
+    query_w, key_w, _ = layer.qkv.weight.split(step.token_SX.shape[1])
+    normed = layer.attention_norm(step.token_SX)
     for head in [*range(layer.num_heads), None]:
         part = slice((head or 0) * layer.head_width, ((head or 0) + 1) * layer.head_width)
-        for query in range(len(token) - num_own, len(token)):
-            key = layer.key_norm(normed[:query + 1] @ key_w[part].T)
-            score = layer.query_norm(normed[query] @ query_w[part].T) @ key.T
+        for own in range(-num_own, 0):
+            seen = step.seen_QS[own].nonzero().squeeze(1)
+            score = layer.query_norm(normed[own] @ query_w[part].T) @ layer.key_norm(normed[seen] @ key_w[part].T).T
             score = score * (head is not None) / math.sqrt(layer.head_width)
-            for place_of_key, weight in zip(place, score.softmax(-1), strict=False):
-                total[layer.num_heads if head is None else head, place_of_key] += weight
+            for key, weight in zip(seen.tolist(), score.softmax(-1), strict=True):
+                total[layer.num_heads if head is None else head, place[key]] += weight
 
 
 @pytest.mark.parametrize("settings", [{}, {"merge_size": 3, "num_cls_tokens": 2}, {"user_token": False},
                                       {"merge_size": 1, "interaction": {"placement": "token"}},
                                       {"merge_size": 1, "sampling": "uniform"}, {"sampling": "learnable"},
-                                      {"norm": "hybrid_star"},
+                                      {"norm": "hybrid_star"}, {"phd": {"copies": 3}, "interaction": {}},
+                                      {"phd": {"copies": 3, "window": 3, "chunk": 2}},
                                       {"sampling": "all", "num_queries": 50, "pooling": "globals+mean"}])
 def test_mass_equals_a_softmax_of_one_candidate_at_a_time(settings):
     tower = build(**settings)

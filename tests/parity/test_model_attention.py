@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from longer_rec.model import attention_plan
-from longer_rec.model.attention import attend, attend_ref
+from longer_rec.model.attention import attend, attend_ref, join
 from longer_rec.model.attention_plan import plan_attention
-from longer_rec.model.own_attention import merge_own, merge_own_ref
+from longer_rec.model.own_attention import OwnMask, merge_own, merge_own_ref, own_mask
+from tests.reference.longer import sees
 
 # Keys and queries of each request: none of either, one, equal, few of many, many of few.
 CAUSAL = ([5, 0, 1, 9, 4, 9, 3], [2, 0, 1, 9, 4, 3, 0])
@@ -35,20 +36,24 @@ def _agree(fast: Callable[..., tuple[Tensor, ...]], slow: Callable[..., tuple[Te
 
 @pytest.mark.parametrize("group_cost", [0, 40, 10**9], ids=["alone", "some together", "all together"])
 @pytest.mark.parametrize("num_heads", [1, 3])
-@pytest.mark.parametrize("mask", ["causal", "full", "positions"])
+@pytest.mark.parametrize("mask", ["causal", "full", "positions", "windows"])
 def test_attention_equals_reference(monkeypatch: pytest.MonkeyPatch, mask: str, num_heads: int, group_cost: int
                                     ) -> None:
     monkeypatch.setattr(attention_plan, "GROUP_COST", group_cost)
     causal = mask == "causal"
     keys, queries = (torch.tensor(lengths) for lengths in (FULL if mask == "full" else CAUSAL))
-    position_Q = torch.tensor([4, 1, 0, *range(9), 0, 0, 3, 2, 8, 3, 7]) if mask == "positions" else None
+    position_Q = first_Q = None
+    if mask in ("positions", "windows"):
+        position_Q = torch.tensor([4, 1, 0, *range(9), 0, 0, 3, 2, 8, 3, 7])
+    if mask == "windows":
+        first_Q = torch.tensor([3, 0, 0, *(max(i - 2, 0) for i in range(9)), 0, 0, 1, 2, 1, 3, 0])
     torch.manual_seed(0)
     inputs = [torch.randn(int(length.sum()), num_heads, 4, dtype=torch.float64, requires_grad=True)
               for length in (queries, keys, keys)]
-    plan = plan_attention(queries, keys, num_heads, causal, position_Q)
+    plan = plan_attention(queries, keys, num_heads, causal, position_Q, first_Q)
     assert {0: len(plan.groups) > 3, 40: 1 < len(plan.groups) < 5, 10**9: len(plan.groups) == 1}[group_cost]
     _agree(lambda q, k, v: attend(q, k, v, plan),
-           lambda q, k, v: attend_ref(q, k, v, queries, keys, causal, position_Q), *inputs)
+           lambda q, k, v: attend_ref(q, k, v, queries, keys, causal, position_Q, first_Q), *inputs)
 
 
 def test_queries_without_keys_give_zero_and_minus_infinity() -> None:
@@ -77,18 +82,53 @@ def test_large_scores_neither_overflow_nor_lose_the_log_sum() -> None:
     assert torch.equal(log_sum, torch.full((2, 1), 3200.0))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 3])
+@pytest.mark.parametrize("mask", [own_mask(1), own_mask(2), own_mask(3), own_mask(2, 3), own_mask(1, 2, True),
+                                  own_mask(2, 3, True)], ids=lambda mask: str(mask.seen))
 @pytest.mark.parametrize("unseen_history", [False, True])
-def test_own_tokens_equal_reference(num_tokens: int, unseen_history: bool) -> None:
+def test_own_tokens_equal_reference(mask: OwnMask, unseen_history: bool) -> None:
     torch.manual_seed(0)
-    C, H, E = 5, 2, 4
-    shared = torch.randn(C * num_tokens, H, E, dtype=torch.float64, requires_grad=True)
-    log_sum = torch.randn(C * num_tokens, H, dtype=torch.float64)
+    C, H, E, num_queries, num_keys = 5, 2, 4, len(mask.seen), 1 + mask.seen[-1][-1]
+    shared = torch.randn(C * num_queries, H, E, dtype=torch.float64, requires_grad=True)
+    log_sum = torch.randn(C * num_queries, H, dtype=torch.float64)
     if unseen_history:
-        log_sum[:num_tokens] = -math.inf
+        log_sum[:num_queries] = -math.inf
     log_sum.requires_grad_()
-    qkv = [torch.randn(C, num_tokens, H, E, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    _agree(lambda *inputs: (merge_own(*inputs),), lambda *inputs: (merge_own_ref(*inputs),), shared, log_sum, *qkv)
+    qkv = [torch.randn(C, rows, H, E, dtype=torch.float64, requires_grad=True)
+           for rows in (num_queries, num_keys, num_keys)]
+    _agree(lambda *inputs: (merge_own(*inputs, mask),), lambda *inputs: (merge_own_ref(*inputs, mask),), shared,
+           log_sum, *qkv)
+
+
+def test_own_masks_are_those_of_the_definition() -> None:
+    assert own_mask(3).seen == ((0,), (0, 1), (0, 1, 2))
+    assert own_mask(2, 2).seen == ((0,), (0, 1), (0, 2), (0, 1, 3))
+    assert own_mask(2, 3, last_copy_alone=True).seen == own_mask(2, 3).seen[-2:]
+    for num_tokens, copies in ((1, 1), (1, 3), (2, 3), (6, 3), (5, 4)):
+        pairs = [(place, copy) for copy in range(1, copies + 1) for place in range(num_tokens)]
+        assert own_mask(num_tokens, copies).seen == tuple(
+            tuple(sorted(row for row, key in enumerate(pairs) if sees(query, key, [], 0))) for query in pairs)
+        assert [own_mask(num_tokens, copies, last).num_hidden for last in (False, True)] == [
+            (copies - 1) * num_tokens, num_tokens * (copies > 1)]
+
+
+def test_joined_sets_of_keys_are_one_softmax_and_none_at_all_is_nothing() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(rows, 2, 4, dtype=torch.float64, requires_grad=True) for rows in (3, 7, 7)]
+    lengths = torch.tensor([2, 1, 0]), torch.tensor([3, 0, 0]), torch.tensor([4, 0, 0])
+    sides = [plan_attention(lengths[0], each, 2, causal=False) for each in lengths[1:]]
+
+    def fast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        parts = [attend(query, key[rows], value[rows], plan) for rows, plan in zip((slice(3), slice(3, 7)), sides,
+                                                                                   strict=True)]
+        output, log_sum = join(parts[0], parts[1])
+        assert torch.equal(output[2], torch.zeros(2, 4))
+        assert (log_sum[2] < -1e300).all()
+        return output[:2], log_sum[:2]
+
+    def slow(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        return attend_ref(query[:2], key, value, torch.tensor([2]), torch.tensor([7]), causal=False)
+
+    _agree(fast, slow, *inputs)
 
 
 def test_shared_and_own_keys_are_one_softmax() -> None:
@@ -97,6 +137,7 @@ def test_shared_and_own_keys_are_one_softmax() -> None:
     values, query = torch.randn(6, 1, E, dtype=torch.float64), torch.randn(1, 1, E, dtype=torch.float64)
     plan = plan_attention(torch.tensor([1]), torch.tensor([5]), 1, causal=False)
     output, log_sum = attend(query, keys[:5], values[:5], plan)
-    joined = merge_own(output, log_sum, query.unsqueeze(0), keys[5:].unsqueeze(0), values[5:].unsqueeze(0))
+    joined = merge_own(output, log_sum, query.unsqueeze(0), keys[5:].unsqueeze(0), values[5:].unsqueeze(0),
+                       own_mask(1))
     whole, _ = attend_ref(query, keys, values, torch.tensor([1]), torch.tensor([6]), causal=False)
     torch.testing.assert_close(joined[0], whole, rtol=1e-12, atol=1e-12)

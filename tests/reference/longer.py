@@ -5,6 +5,7 @@ layers under one explicit mask. It shares with the fast path its weights, the us
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from longer_rec.model.layers import CausalLayer
 from longer_rec.model.longer import LongerTower
 from longer_rec.model.merge import merge_ref
 from longer_rec.model.norms import NormPlace
+from longer_rec.model.phd import PHDConfig
 
 
 def tower_ref(tower: LongerTower, user: UserSide, candidates: CandidateSide) -> Tensor:
@@ -59,27 +61,20 @@ def _one_candidate(tower: LongerTower, user: UserSide, candidate: CandidateSide)
             own[0] = own[0] + tower.interaction_token(hidden)
         if tower.interaction.config.to_head:
             head_inputs.append(hidden)
-    num_events, num_globals, num_own = merged_MX.shape[0], globals_GX.shape[0], len(own)
-    token_SX = torch.cat([merged_MX, globals_GX, *own])
-    positions = positions_ref(config.sampling, num_events, config.num_queries)
-    num_sequence = len(positions)
-    sampled_QX = token_SX[positions] if config.sampling != "learnable" else tower.learned[:num_sequence]
-    query_QX = torch.cat([sampled_QX, token_SX[num_events:]])
-    positions += range(num_events, token_SX.shape[0])
-    for depth, layer in enumerate(tower.causal_layers):
-        query_QX = _layer(layer, config.norm, depth == 0, query_QX, token_SX, positions, num_own)
-        token_SX, positions = query_QX, list(range(query_QX.shape[0]))
-    token_SX = tower.final_norm(token_SX)
-    sequence, user_out, own_out = token_SX.split([num_sequence, num_globals, num_own])
+    steps = layer_steps(tower, merged_MX, globals_GX, own)
+    num_sequence, num_globals, num_own = len(steps[-1].sampled), len(globals_GX), len(own)
+    output_QX = tower.final_norm(steps[-1].output_QX)
+    sequence, user_out = output_QX[:num_sequence], output_QX[num_sequence:num_sequence + num_globals]
+    own_out = output_QX[-num_own:]
     item = torch.cat([candidate.embedding[name] for name in tower.item_names], dim=1) * scale
     candidate_inputs = [*head_inputs, own_out.reshape(1, -1), *([item] if scale else []),
-                        candidate.dense_CF.to(token_SX.dtype)]
+                        candidate.dense_CF.to(output_QX.dtype)]
     user_inputs = [user_out.reshape(1, -1)] if config.pooling != "candidate" else []
     if config.pooling == "globals+mean":
         user_inputs.append(sequence.sum(0, keepdim=True) / max(num_sequence, 1))
     if scale:
         user_inputs += [user.user_embedding[name] * scale for name in tower.user_names]
-    user_inputs.append(user.dense_BF.to(token_SX.dtype))
+    user_inputs.append(user.dense_BF.to(output_QX.dtype))
     head = tower.head
     weight = torch.cat([head.candidate.weight, head.user.weight], dim=1)
     hidden = torch.cat([*candidate_inputs, *user_inputs], dim=1) @ weight.T + head.candidate.bias
@@ -107,14 +102,75 @@ def _candidate_token(tower: LongerTower, candidate: CandidateSide) -> Tensor:
     return (torch.cat([slot] * tokens.merge_size) + tokens.candidate_type).unsqueeze(0)
 
 
+@dataclass
+class Step:
+    """One layer: its keys, who sees them, and what came out.
+
+    Queries and keys stand as originals in order of position, the users' hidden tokens, a candidate's; so the last
+    queries are the last copies of its own tokens. ``event_S``: the merged event that a key is, None where it is none.
+    ``sampled``: positions of the sequence's queries in the cross layer.
+    """
+
+    token_SX: Tensor
+    seen_QS: Tensor
+    is_own_S: Tensor
+    event_S: list[int | None]
+    sampled: list[int]
+    output_QX: Tensor
+
+
+def layer_steps(tower: LongerTower, merged_MX: Tensor, globals_GX: Tensor, own: list[Tensor]) -> list[Step]:
+    """One candidate's whole sequence, hidden copies and all, layer by layer."""
+    config, num_events, num_own = tower.config, merged_MX.shape[0], len(own)
+    token_SX = torch.cat([merged_MX, globals_GX, *own])
+    sampled = positions_ref(config.sampling, num_events, config.num_queries)
+    learned = config.sampling == "learnable"
+    query_QX = torch.cat([tower.learned[:len(sampled)] if learned else token_SX[sampled], token_SX[num_events:]])
+    positions = [*sampled, *range(num_events, token_SX.shape[0])]
+    event_S: list[int | None] = [*range(num_events), *[None] * (token_SX.shape[0] - num_events)]
+    # Hidden tokens as (place among the queries, copy).
+    phd, copies = config.phd or PHDConfig(copies=1), range(2, config.copies + 1)
+    chunk = [(place, copy) for place in range(len(sampled))[-phd.chunk:] for copy in copies if phd.chunk]
+    hidden = chunk + [(place, copy) for copy in copies for place in range(len(positions))[-num_own:]]
+    embedding = tower.copies.embedding
+    hidden_NX = torch.stack([query_QX[place] if embedding is None else query_QX[place] + embedding[copy - 2]
+                             for place, copy in hidden]) if hidden else query_QX[:0]
+    steps = []
+    for depth, layer in enumerate(tower.causal_layers):
+        placed = [(positions[place], copy) for place, copy in hidden]
+        keys = [(position, 1) for position in range(token_SX.shape[0])] + placed
+        queries = [(position, 1) for position in positions] + placed
+        is_own_S = torch.tensor([position >= token_SX.shape[0] - num_own for position, _ in keys])
+        seen_QS = torch.tensor([[sees(query, key, placed[:len(chunk)], phd.window) for key in keys]
+                                for query in queries])
+        key_SX = torch.cat([token_SX, hidden_NX])
+        both_QX = _layer(layer, config.norm, depth == 0, torch.cat([query_QX, hidden_NX]), key_SX, seen_QS, is_own_S)
+        steps.append(Step(key_SX, seen_QS, is_own_S, event_S + [None] * len(hidden), sampled, both_QX))
+        query_QX, hidden_NX = both_QX.split([len(positions), len(hidden)])
+        if depth == 0:
+            event_S = [None if learned and place < len(sampled) else event_S[position]
+                       for place, position in enumerate(positions)]
+        token_SX, positions = query_QX, list(range(len(positions)))
+    return steps
+
+
+def sees(query: tuple[int, int], key: tuple[int, int], chunk: list[tuple[int, int]], window: int) -> bool:
+    """Whether copy j of position n sees copy i of position m; ``chunk``: the users' hidden tokens, oldest first."""
+    (n, j), (m, i) = query, key
+    if m == n:
+        return i <= j
+    if m > n or i == 1:
+        return m < n
+    before = [hidden for hidden in chunk if hidden[0] < n]
+    return j > 1 and key in before[len(before) - min(window, len(before)):]
+
+
 def _layer(layer: CausalLayer, place: NormPlace, is_first: bool, query_QX: Tensor, token_SX: Tensor,
-           positions: list[int], num_own: int) -> Tensor:
-    """Queries through one layer; the one at position p sees the tokens 0 .. p."""
-    num_shared, X = token_SX.shape[0] - num_own, token_SX.shape[1]
+           seen_QS: Tensor, is_own_S: Tensor) -> Tensor:
+    """Queries through one layer under an explicit mask; ``is_own_S``: a candidate's own tokens."""
     is_pre = place == "pre" or (place == "hybrid_star" and is_first)
-    query_w, key_w, value_w = layer.qkv.weight.split(X)
+    query_w, key_w, value_w = layer.qkv.weight.split(token_SX.shape[1])
     read_QX, read_SX = (layer.attention_norm(each) if is_pre else each for each in (query_QX, token_SX))
-    seen_QS = torch.tensor([[key <= position for key in range(token_SX.shape[0])] for position in positions])
     heads = []
     for head in range(layer.num_heads):
         part = slice(head * layer.head_width, (head + 1) * layer.head_width)
@@ -122,7 +178,7 @@ def _layer(layer: CausalLayer, place: NormPlace, is_first: bool, query_QX: Tenso
         if place in ("hybrid", "hybrid_star"):
             query, key, value = (_rms(each, norm.weight) for each, norm in (
                 (query, layer.query_norm), (key, layer.key_norm), (value, layer.value_norm)))
-        value = torch.cat([value[:num_shared], value[num_shared:] * layer.own_gain[part]])
+        value = torch.where(is_own_S.unsqueeze(1), value * layer.own_gain[part], value)
         score = query @ key.T / math.sqrt(layer.head_width)
         heads.append(score.masked_fill(~seen_QS, -math.inf).softmax(-1) @ value)
     token_QX = query_QX + layer.proj(torch.cat(heads, dim=1))

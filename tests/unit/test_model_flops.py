@@ -15,7 +15,11 @@ from longer_rec.model.flops import (
 )
 from longer_rec.model.layers import CausalLayer
 from longer_rec.model.norms import layer_norms
+from longer_rec.model.own_attention import own_mask
+from longer_rec.model.phd import phd_pairs
+from longer_rec.model.sampling import Queries
 from longer_rec.model.tower import TowerConfig, build_tower
+from tests.reference.longer import sees
 from tests.reference.towers import WIDTHS, make_candidates, make_user
 
 # Equal lengths, so that grouped attention pads nothing; more events than positions, so that the cut is counted too.
@@ -29,6 +33,29 @@ def test_formulas_give_the_papers_figures() -> None:
     assert merged_layer_flops(2048, 32, 4) / encoder_layer_flops(2048, 32) == pytest.approx(1 - 0.428, abs=0.001)
     assert merged_layer_flops(2048, 32, 1) == encoder_layer_flops(2048, 32)
     assert merged_layer_parameters(32, 4) == 12 * 16 * 32**2 + 13 * 4 * 32
+
+
+@pytest.mark.parametrize(("merge_size", "saving"), [(1, 0.0), (4, 0.428), (8, 0.20)])
+def test_merging_saves_what_the_formula_says_in_our_own_layer(merge_size: int, saving: float) -> None:
+    """Every token a query, L = 2048, d = 32: the paper's encoder layer, counted by torch."""
+    num_tokens, width = 2048 // merge_size, 32 * merge_size
+    layer = CausalLayer(width, merge_size, 4, 0.0, "layer", 0.0, layer_norms("pre", 0))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        length_B = torch.tensor([num_tokens])
+        layer.encode(torch.randn(num_tokens, width), length_B, Queries(length_B))
+    measured = counter.get_total_flops()
+    assert measured == pytest.approx(merged_layer_flops(2048, 32, merge_size), rel=0.01)
+    assert 1 - measured / encoder_layer_flops(2048, 32) == pytest.approx(saving, abs=0.001)
+
+
+def test_pairs_of_parallel_hidden_decoding_are_those_of_its_mask() -> None:
+    for num_tokens, copies, wanted in ((6, 3, 81), (6, 1, 21), (1, 4, 10), (9, 2, None)):
+        pairs = [(place, copy) for place in range(num_tokens) for copy in range(1, copies + 1)]
+        seen = sum(sees(query, key, [], 0) for query in pairs for key in pairs)
+        assert phd_pairs(num_tokens, copies) == seen == (wanted or seen)
+        assert sum(len(rows) for rows in own_mask(num_tokens, copies).seen) == seen
+    # A plain causal mask over all t R tokens.
+    assert phd_pairs(6 * 3, 1) == 171
 
 
 def test_parameter_formula_equals_our_layer_up_to_its_biases() -> None:
@@ -50,6 +77,12 @@ CONFIGS = {
     "learnable": {"sampling": "learnable", "pooling": "candidate", "num_cls_tokens": 1},
     "all": {"sampling": "all", "num_queries": 50, "num_self_layers": 2},
     "candidate pooled": {"pooling": "candidate", "num_self_layers": 0},
+    "two copies": {"phd": {}, "num_self_layers": 2},
+    "three copies of two tokens": {"phd": {"copies": 3}, "interaction": {}},
+    "copies, cross layer alone": {"phd": {"copies": 3}, "num_self_layers": 0},
+    "window": {"phd": {"window": 4, "chunk": 8}, "num_self_layers": 2},
+    "window, three copies": {"phd": {"copies": 3, "window": 5, "chunk": 4}, "interaction": {}, "sampling": "uniform"},
+    "window, cross layer alone": {"phd": {"copies": 3, "window": 5, "chunk": 4}, "num_self_layers": 0},
     "projection MLP": {"projection_hidden": 24, "user_token": False, "num_cls_tokens": 1},
     "post norm": {"norm": "post"},
     "hybrid norm, starred": {"norm": "hybrid_star", "num_self_layers": 2},

@@ -17,13 +17,16 @@ from tests.reference.towers import DAY_S, WIDTHS, leaves, make_candidates, make_
 HISTORIES, CANDIDATES = [0, 1, 7, 8, 30, 3], [2, 1, 9, 0, 70, 1]
 FULL = {"width": 8, "num_queries": 3, "merge_size": 2, "inner_trans": {"num_heads": 2}, "num_cls_tokens": 1,
         "interaction": {"context": ["item"]}, "pooling": "globals+mean"}
+WINDOW = {"copies": 3, "window": 3, "chunk": 4}
 CONFIGS = {"longer": FULL, "merge 4": {**FULL, "merge_size": 4}, "plain": {"width": 8, "num_queries": 3},
            "uniform": {**FULL, "sampling": "uniform"},
            "recent and uniform": {"width": 8, "merge_size": 1, "sampling": "recent_uniform", "num_queries": 4},
            "learnable": {**FULL, "sampling": "learnable", "pooling": "candidate"},
            "all": {"width": 8, "sampling": "all"}, "post": {**FULL, "norm": "post"},
            "hybrid": {**FULL, "norm": "hybrid", "sampling": "uniform"},
-           "hybrid_star": {**FULL, "merge_size": 4, "norm": "hybrid_star", "num_self_layers": 2}}
+           "hybrid_star": {**FULL, "merge_size": 4, "norm": "hybrid_star", "num_self_layers": 2},
+           "copies": {"width": 8, "num_queries": 3, "phd": {"copies": 3}, "interaction": {}},
+           "window": {**FULL, "phd": WINDOW, "merge_size": 1, "inner_trans": None, "num_queries": 6}}
 
 
 def build(settings: dict[str, object], dtype: torch.dtype = torch.float32) -> LongerTower:
@@ -80,7 +83,9 @@ def test_each_candidate_alone_scores_as_in_its_list(name: str) -> None:
 def tensors_of(state: UserState) -> Iterator[Tensor]:
     yield state.head_BF
     for layer in state.layers:
-        yield from (layer.key_SHE, layer.value_SHE, layer.length_B)
+        for cache in (layer, layer.window):
+            if cache is not None:
+                yield from (cache.key_SHE, cache.value_SHE, cache.length_B)
     if state.matches is not None:
         yield from (state.matches.id, state.matches.length_JB, state.matches.statistic, state.matches.user_BF)
 
@@ -98,8 +103,38 @@ def test_cached_state_scores_like_a_fresh_one_and_is_left_alone(name: str) -> No
     assert all(torch.equal(left, right) for left, right in zip(kept, tensors_of(state), strict=True))
 
 
+@pytest.mark.parametrize("phd", [{"copies": 2}, {"copies": 4, "copy_embedding": False}, WINDOW])
+def test_hidden_copies_leave_the_users_cache_as_it_was_and_add_a_window_at_most(phd: dict[str, object]) -> None:
+    settings = {**FULL, "num_queries": 5, "num_self_layers": 2}
+    plain, copies = build(settings), build({**settings, "phd": phd})
+    copies.load_state_dict(plain.state_dict(), strict=False)
+    user, candidates = floats()
+    wanted, given = plain.encode(user), copies.encode(user)
+    for left, right in zip(wanted.layers, given.layers, strict=True):
+        assert torch.equal(left.key_SHE, right.key_SHE)
+        assert torch.equal(left.value_SHE, right.value_SHE)
+        assert torch.equal(left.length_B, right.length_B)
+        assert (right.window is not None) == ("window" in phd)
+        if right.window is not None:
+            # Merged tokens: 0, 1, 4, 4, 10, 2; two hidden tokens each in a chunk of 4; a window of 3.
+            assert right.window.length_B.tolist() == [0, 2, 3, 3, 3, 3]
+            assert right.window.key_SHE.shape[0] == right.window.value_SHE.shape[0] == 14
+    assert torch.equal(wanted.head_BF, given.head_BF)
+    assert not torch.allclose(plain.score(wanted, candidates), copies.score(given, candidates))
+
+
+def test_the_chunk_counts_from_the_newest_event_however_long_the_history() -> None:
+    """What training and serving cut differently must not shift it."""
+    tower = build({**FULL, "num_queries": 4, "phd": WINDOW, "merge_size": 1, "inner_trans": None})
+    user, _ = floats([15], [1])
+    whole, cut = (tower.encode(each).layers[0].window for each in (user, one_request(user, 0, 12)))
+    assert whole is not None
+    assert cut is not None
+    torch.testing.assert_close(whole.key_SHE, cut.key_SHE, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("sampling", [{}, {"sampling": "uniform"}, {"sampling": "recent_uniform", "num_queries": 4},
-                                      {"sampling": "all", "num_queries": 50}])
+                                      {"sampling": "all", "num_queries": 50}, {"num_queries": 4, "phd": WINDOW}])
 def test_an_event_never_sees_a_newer_one_or_a_user_global(sampling: dict[str, object]) -> None:
     tower = build({**FULL, "merge_size": 1, "inner_trans": None, **sampling})
     user, _ = floats([9], [1])
@@ -113,6 +148,10 @@ def test_an_event_never_sees_a_newer_one_or_a_user_global(sampling: dict[str, ob
         assert torch.equal(before.key_SHE[:num_events - 1], after.key_SHE[:num_events - 1])
         assert torch.equal(before.value_SHE[:num_events - 1], after.value_SHE[:num_events - 1])
         assert not torch.equal(before.key_SHE[num_events - 1:], after.key_SHE[num_events - 1:])
+        if before.window is not None and after.window is not None:
+            # One hidden token of the position before, two of the newest.
+            assert torch.equal(before.window.key_SHE[:1], after.window.key_SHE[:1])
+            assert not torch.equal(before.window.key_SHE[1:], after.window.key_SHE[1:])
 
 
 def test_only_the_newest_max_events_count() -> None:
