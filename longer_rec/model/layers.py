@@ -63,26 +63,26 @@ class CausalLayer(nn.Module):
         mixed, _ = attend(query, cache.key_SHE, cache.value_SHE, plan)
         return self._finish(token_SX, mixed.flatten(1)), cache
 
-    def encode_hidden(self, hidden_NX: Tensor, cache: LayerCache, chunk: Chunk, position_N: Tensor | None
+    def encode_hidden(self, hidden_UX: Tensor, cache: LayerCache, chunk: Chunk, position_U: Tensor | None
                       ) -> tuple[Tensor, LayerCache]:
         """Outputs of the users' hidden tokens, and the keys and values of the window that candidates see.
 
-        ``position_N``: the last original that each sees; None: nobody reads the outputs.
+        ``position_U``: the last original that each sees; None: nobody reads the outputs.
         """
         X = self.merged_width
-        if position_N is None:
-            hidden_NX = hidden_NX.index_select(0, chunk.window_row)
-        normed_NX = self.attention_norm(hidden_NX)
-        key, value = F.linear(normed_NX, self.qkv.weight[X:]).chunk(2, dim=-1)
+        if position_U is None:
+            hidden_UX = hidden_UX.index_select(0, chunk.window_row)
+        normed_UX = self.attention_norm(hidden_UX)
+        key, value = F.linear(normed_UX, self.qkv.weight[X:]).chunk(2, dim=-1)
         key, value = self.key_norm(self._heads(key)), self.value_norm(self._heads(value))
-        if position_N is None:
-            return hidden_NX[:0], LayerCache(key, value, chunk.window_length_B)
-        query = self.query_norm(self._heads(F.linear(normed_NX, self.qkv.weight[:X])))
-        originals = plan_attention(chunk.length_B, cache.length_B, self.num_heads, False, position_N)
-        hidden = plan_attention(chunk.length_B, chunk.length_B, self.num_heads, False, chunk.last_N, chunk.first_N)
+        if position_U is None:
+            return hidden_UX[:0], LayerCache(key, value, chunk.window_length_B)
+        query = self.query_norm(self._heads(F.linear(normed_UX, self.qkv.weight[:X])))
+        originals = plan_attention(chunk.length_B, cache.length_B, self.num_heads, False, position_U)
+        hidden = plan_attention(chunk.length_B, chunk.length_B, self.num_heads, False, chunk.last_U, chunk.first_U)
         mixed, _ = join(attend(query, cache.key_SHE, cache.value_SHE, originals), attend(query, key, value, hidden))
         window = LayerCache(key[chunk.window_row], value[chunk.window_row], chunk.window_length_B)
-        return self._finish(hidden_NX, mixed.flatten(1)), window
+        return self._finish(hidden_UX, mixed.flatten(1)), window
 
     def score(self, token_CGX: Tensor, cache: LayerCache, num_candidates_B: Tensor, mask: OwnMask) -> Tensor:
         """Candidates' last tokens, the queries of ``mask``, attending to their request's cached keys and their own."""

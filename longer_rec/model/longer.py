@@ -159,7 +159,7 @@ class LongerTower(nn.Module):
         if self.config.sampling == "learnable":
             token_SX = torch.cat([token_SX, self.learned.to(token_SX.dtype)])
         sampled = sample(self.config.sampling, length_B, self.config.num_user_globals, self.config.num_queries)
-        hidden_NX, chunk = self.copies.of_queries(token_SX, length_B, sampled, self.config.num_user_globals)
+        hidden_UX, chunk = self.copies.of_queries(token_SX, length_B, sampled, self.config.num_user_globals)
         caches: list[LayerCache] = []
         for depth, layer in enumerate(self.causal_layers):
             is_last = depth == self.config.num_self_layers
@@ -168,7 +168,7 @@ class LongerTower(nn.Module):
                 queries = newest(length_B, torch.full_like(length_B, self.config.num_read_globals))
             token_SX, cache = layer.encode(token_SX, length_B, queries)
             if chunk is not None:
-                hidden_NX, window = layer.encode_hidden(hidden_NX, cache, chunk, chunk.position_N(depth, is_last))
+                hidden_UX, window = layer.encode_hidden(hidden_UX, cache, chunk, chunk.position_U(depth, is_last))
                 cache = replace(cache, window=window)
             length_B = queries.length_B
             caches.append(cache)

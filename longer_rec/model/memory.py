@@ -128,8 +128,8 @@ class _Counter:
         return norms.heads * _FULL * (2 * self.config.merged_width + self.config.heads)
 
     def _candidate_layer(self, keys: Sequence[int], depth: int) -> tuple[int, int]:
-        config, norms, (own, read) = self.config, layer_norms(self.config.norm, depth), candidate_rows(
-            self.config, depth)
+        config, norms = self.config, layer_norms(self.config.norm, depth)
+        own, read = candidate_rows(config, depth)
         X, N, Q = config.merged_width, own * self.C, read * self.C
         mask = own_mask(config.num_candidate_tokens, config.copies, last_copy_alone=read < own)
         own_weights = self.C * config.heads * sum(len(rows) + 1 for rows in mask.seen)

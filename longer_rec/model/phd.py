@@ -31,22 +31,22 @@ class PHDConfig(Config):
 class Chunk:
     """Where the users' hidden tokens stand, packed over requests in order of (position, copy).
 
-    ``length_B``: their number. ``cross_position_N``, ``self_position_N``: the last original each sees among the keys of
-    the cross layer, and of the self layers. ``first_N``, ``last_N``: the hidden tokens each sees, first and last.
+    ``length_B``: their number. ``cross_position_U``, ``self_position_U``: the last original each sees among the keys of
+    the cross layer, and of the self layers. ``first_U``, ``last_U``: the hidden tokens each sees, first and last.
     ``window_row``: the newest W of each request, ``window_length_B`` many, which candidates see.
     """
 
     length_B: Tensor
-    cross_position_N: Tensor
-    self_position_N: Tensor
-    first_N: Tensor
-    last_N: Tensor
+    cross_position_U: Tensor
+    self_position_U: Tensor
+    first_U: Tensor
+    last_U: Tensor
     window_row: Tensor
     window_length_B: Tensor
 
-    def position_N(self, depth: int, is_last: bool) -> Tensor | None:
+    def position_U(self, depth: int, is_last: bool) -> Tensor | None:
         """Of the layer at ``depth``; None for the last, whose outputs nobody reads."""
-        return None if is_last else self.self_position_N if depth else self.cross_position_N
+        return None if is_last else self.self_position_U if depth else self.cross_position_U
 
 
 class HiddenCopies(nn.Module):
@@ -55,8 +55,8 @@ class HiddenCopies(nn.Module):
     def __init__(self, config: PHDConfig, merged_width: int) -> None:
         super().__init__()
         self.config, self.num_hidden = config, config.copies - 1
-        self.embedding = nn.Parameter(torch.randn(self.num_hidden, merged_width) * 0.02) if (
-            config.copy_embedding and self.num_hidden) else None
+        has_embedding = config.copy_embedding and self.num_hidden > 0
+        self.embedding = nn.Parameter(torch.randn(self.num_hidden, merged_width) * 0.02) if has_embedding else None
 
     def forward(self, token: Tensor) -> Tensor:
         """... x X -> ... x (R - 1) x X."""
@@ -71,7 +71,7 @@ class HiddenCopies(nn.Module):
 
     def of_queries(self, token_SX: Tensor, length_B: Tensor, queries: Queries, num_globals: int
                    ) -> tuple[Tensor, Chunk | None]:
-        """Hidden tokens of the newest queries (N x X) and where they stand; None without a window.
+        """Hidden tokens of the newest queries (U x X) and where they stand; None without a window.
 
         Queries end with the user's globals, which have no copies.
         """
@@ -88,11 +88,11 @@ class HiddenCopies(nn.Module):
         query_Q = start_of(queries.length_B)[request_Q] + rank_Q
         row_Q = query_Q if queries.row_Q is None else queries.row_Q[query_Q]
         position_Q = row_Q - start_of(length_B)[request_Q]
-        copy_N = torch.arange(P, device=length_B.device).repeat(num_held)
-        before_N = (index_Q * P).repeat_interleave(P)
+        copy_U = torch.arange(P, device=length_B.device).repeat(num_held)
+        before_U = (index_Q * P).repeat_interleave(P)
         return self.forward(token_SX.index_select(0, row_Q)).flatten(0, 1), Chunk(
-            held_B * P, position_Q.repeat_interleave(P), rank_Q.repeat_interleave(P), (before_N - W).clamp(min=0),
-            before_N + copy_N, newest_rows(held_B * P, window_B, num_window), window_B)
+            held_B * P, position_Q.repeat_interleave(P), rank_Q.repeat_interleave(P), (before_U - W).clamp(min=0),
+            before_U + copy_U, newest_rows(held_B * P, window_B, num_window), window_B)
 
 
 def phd_pairs(num_tokens: int, copies: int) -> int:

@@ -133,7 +133,7 @@ def layer_steps(tower: LongerTower, merged_MX: Tensor, globals_GX: Tensor, own: 
     chunk = [(place, copy) for place in range(len(sampled))[-phd.chunk:] for copy in copies if phd.chunk]
     hidden = chunk + [(place, copy) for copy in copies for place in range(len(positions))[-num_own:]]
     embedding = tower.copies.embedding
-    hidden_NX = torch.stack([query_QX[place] if embedding is None else query_QX[place] + embedding[copy - 2]
+    hidden_UX = torch.stack([query_QX[place] if embedding is None else query_QX[place] + embedding[copy - 2]
                              for place, copy in hidden]) if hidden else query_QX[:0]
     steps = []
     for depth, layer in enumerate(tower.causal_layers):
@@ -143,10 +143,10 @@ def layer_steps(tower: LongerTower, merged_MX: Tensor, globals_GX: Tensor, own: 
         is_own_S = torch.tensor([position >= token_SX.shape[0] - num_own for position, _ in keys])
         seen_QS = torch.tensor([[sees(query, key, placed[:len(chunk)], phd.window) for key in keys]
                                 for query in queries])
-        key_SX = torch.cat([token_SX, hidden_NX])
-        both_QX = _layer(layer, config.norm, depth == 0, torch.cat([query_QX, hidden_NX]), key_SX, seen_QS, is_own_S)
+        key_SX = torch.cat([token_SX, hidden_UX])
+        both_QX = _layer(layer, config.norm, depth == 0, torch.cat([query_QX, hidden_UX]), key_SX, seen_QS, is_own_S)
         steps.append(Step(key_SX, seen_QS, is_own_S, event_S + [None] * len(hidden), sampled, both_QX))
-        query_QX, hidden_NX = both_QX.split([len(positions), len(hidden)])
+        query_QX, hidden_UX = both_QX.split([len(positions), len(hidden)])
         if depth == 0:
             event_S = [None if learned and place < len(sampled) else event_S[position]
                        for place, position in enumerate(positions)]

@@ -70,7 +70,7 @@ def test_counted_bytes_are_those_that_autograd_keeps(name: str, autocast: bool) 
 @pytest.mark.parametrize("part", ["cross", "self", "head", "merge", "interaction"])
 def test_a_recomputed_part_keeps_what_the_formula_says_and_is_there_once(part: str) -> None:
     config = TowerConfig.model_validate({"width": 16, "merge_size": 4, "inner_trans": {}, "interaction": {},
-                                         "num_self_layers": 2})
+                                         "num_self_layers": 2, "phd": {"window": 8, "chunk": 16}})
     whole, parts = counted(config), counted(config, recompute=(part,))
     assert parts[part] < whole[part]
     assert 0 < parts["recomputed"] <= whole[part]
