@@ -165,7 +165,9 @@ def _sasrec(tower: SasRecTower, user: UserSide, candidate: CandidateSide) -> Rea
     if len(token_SD) == 0:
         return [own * 0.0], []
     for layer in tower.layers:
-        token_SD = _layer(layer, "pre", True, token_SD, token_SD, list(range(len(token_SD))), 0)
+        S = len(token_SD)
+        seen_SS, own_S = torch.ones(S, S, dtype=torch.bool).tril(), torch.zeros(S, dtype=torch.bool)
+        token_SD = _layer(layer, "pre", True, token_SD, token_SD, seen_SS, own_S)
     return [own * tower.final_norm(token_SD[-1:])], []
 
 
