@@ -65,7 +65,7 @@ def assert_one_line(outcome: Outcome, message: str) -> None:
     ("model.interaction.fields=[catgory]", r"model\.interaction names the item feature 'catgory'; known are item, cat"),
     ("sparse.dims={categry: 8}", r"sparse\.dims names table 'categry'; did you mean 'category'\?"),
     ("sparse.dims={item: 6}", r"sparse\.dims\.item=6: a width is a positive multiple of 4; use 8"),
-    ("sparse.plan=no/such/plan.json", r"sparse\.plan='no/such/plan\.json' is neither auto, nor one of .*, nor a file; give"),
+    ("sparse.plan=no/such/plan.json", r"sparse\.plan='no/such/plan\.json' is neither auto, .*, nor a file; give"),
     ("sparse.plan={item: table_wise}", r"sparse\.plan has no sharding type for table '.*'; name every table"),
     ("sparse.plan=column_wise", r"'.*' cannot be column_wise: rowwise_adagrad .*use adagrad, or"),
     ("baselines={a: ['model.num_heads=5']}", r"a: model\.num_heads=5 does not divide .*use one of"),
