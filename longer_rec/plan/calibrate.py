@@ -43,9 +43,11 @@ class Compared:
 
 def calibrate(job: Job, dataset: Dataset, measure: Measure, ranks: Sequence[int], num_steps: int) -> list[Compared]:
     """Plan for each number of ranks on this machine, and run a few steps by that plan."""
-    most = len(machine.gpus()) or machine.num_cores()
+    # Two ranks may share a core: bytes are measured as well there, seconds as two ranks on a core have them.
+    most = len(machine.gpus()) or 2 * machine.num_cores()
     if not 1 <= min(ranks) <= max(ranks) <= most:
-        raise ConfigError(f"--calibrate {max(ranks)}: this machine has {most} cores or GPUs; use 1 to {most} ranks")
+        raise ConfigError(f"--calibrate {max(ranks)}: this machine can measure 1 to {most} ranks, one on each GPU or two "
+                          "on each core; use such numbers")
     scenarios = []
     for number in ranks:
         # Steps 2 and on, of all workers: those that are timed.
