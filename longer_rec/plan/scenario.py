@@ -15,6 +15,7 @@ from longer_rec.data.workload import Batch, Workload, sample_workload
 from longer_rec.elastic.assignment import resolve_num_workers
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job, build_ranker, input_widths
+from longer_rec.model.baselines.common import SequenceConfig
 from longer_rec.model.flops import tower_flops
 from longer_rec.model.longer import TowerConfig
 from longer_rec.model.memory import tower_bytes
@@ -137,8 +138,11 @@ class Scenario:
         return self.workload.ids_per_request(self.schema)
 
     def largest_activations(self, batches: Iterable[Batch]) -> dict[str, int]:
-        """Bytes by part of the tower, of the batch that needs most; none for a baseline."""
+        """Bytes by part of the tower, of the batch that needs most; none for a baseline without event tokens."""
         model, train = self.job.model, self.job.train
+        if isinstance(model, SequenceConfig):
+            raise ConfigError(f"model.kind={model.kind} cannot be planned: activations and work are counted for longer "
+                              "and transformer alone; plan with one of those, the tables of both models are the same")
         if not isinstance(model, TowerConfig):
             return {}
         sizes = [tower_bytes(model, input_widths(self.schema, self.job), len(self.schema.tasks), *batch,

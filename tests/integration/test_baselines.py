@@ -1,6 +1,7 @@
 """Every tower through the real commands."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,3 +26,13 @@ def test_a_baseline_is_trained_and_evaluated_by_the_commands(commands: CommandSe
 def test_a_baseline_on_one_and_on_two_processes_matches_bitwise(run: Callable[..., Path]) -> None:
     overrides = (*TINY, "elastic.num_workers=2", "model={kind: hstu, width: 8, interaction: {}}")
     assert metric_lines(run("one", *overrides, ranks=1)) == metric_lines(run("two", *overrides, ranks=2))
+
+
+def test_a_tower_whose_sizes_are_not_counted_is_not_planned(commands: CommandServer, synthetic: Path, tmp_path: Path
+                                                            ) -> None:
+    outcome = commands.run("plan", CONFIG, f"data.dir={synthetic}", "model={kind: din}", "--topology",
+                           "2x1GB:device=cpu", "--out", tmp_path / "plan")
+    assert outcome.code == 2
+    assert re.fullmatch(r"longer-rec: model\.kind=din cannot be planned: [^\n]* longer and transformer alone; [^\n]*\n",
+                        outcome.err), outcome
+    assert not (tmp_path / "plan" / "plan.json").exists()
