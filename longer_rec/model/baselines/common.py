@@ -4,6 +4,8 @@ A baseline differs in two functions alone: ``read`` makes of a user's events wha
 what a candidate sees in it. So a difference between two towers is one of how the history is read.
 """
 
+from dataclasses import replace
+
 import pydantic
 import torch
 from torch import Tensor, nn
@@ -54,10 +56,10 @@ class Baseline(nn.Module):
         user_width += has_ids * sum(widths.user.values()) + widths.num_dense
         self.head = Head(config.head, candidate_width, user_width, num_tasks)
 
-    def read(self, user: UserSide) -> tuple[list[Tensor], UserState]:
-        """Inputs of the head that a user's events give (each B x .), and what the candidates need of them; the state's
-        other fields are filled in by ``encode``."""
-        return [], UserState(user.dense_BF[:, :0])
+    def read(self, user: UserSide) -> UserState:
+        """What the candidates need of a user's events; ``head_BF`` are inputs of the head here, for ``encode`` to go on
+        with."""
+        return UserState(nothing(user))
 
     def look(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
         """Inputs of the head that depend on the candidate and the history (each C x .)."""
@@ -65,11 +67,11 @@ class Baseline(nn.Module):
 
     def encode(self, user: UserSide) -> UserState:
         user = keep_newest(user, self.max_events)
-        outputs, state = self.read(user)
-        outputs += scaled_inputs(user.user_embedding, self.user_names, self.scale)
-        outputs.append(user.dense_BF.to(self.head.user.weight.dtype))
+        state = self.read(user)
+        parts = [state.head_BF, *scaled_inputs(user.user_embedding, self.user_names, self.scale)]
+        parts.append(user.dense_BF.to(self.head.user.weight.dtype))
         runs = self.interaction.encode(user) if self.interaction is not None else None
-        return UserState(self.head.encode(torch.cat(outputs, dim=1)), state.layers, runs, state.event_id_T)
+        return replace(state, head_BF=self.head.encode(torch.cat(parts, dim=1)), matches=runs)
 
     def score(self, state: UserState, candidates: CandidateSide) -> Tensor:
         """Logits C x Y."""
@@ -95,10 +97,15 @@ def check_heads(num_heads: int, width: int) -> None:
         raise ConfigError(f"model.num_heads={num_heads} does not divide model.width={width}; use one of {divisors}")
 
 
-def user_vectors(vector_BD: Tensor) -> UserState:
-    """The state of a tower that leaves one vector a user: a cache of one key a request."""
+def nothing(user: UserSide) -> Tensor:
+    """B x 0: no input of the head."""
+    return user.dense_BF[:, :0]
+
+
+def user_vectors(vector_BD: Tensor) -> tuple[LayerCache]:
+    """What a tower leaves that makes one vector of a user: a cache of one key a request."""
     one_B = torch.ones(vector_BD.shape[0], dtype=torch.int64, device=vector_BD.device)
-    return UserState(vector_BD[:, :0], (LayerCache(vector_BD.unsqueeze(1), vector_BD.unsqueeze(1), one_B),))
+    return (LayerCache(vector_BD.unsqueeze(1), vector_BD.unsqueeze(1), one_B),)
 
 
 def vector_of(state: UserState, candidates: CandidateSide) -> Tensor:

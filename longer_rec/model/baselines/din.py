@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longer_rec.model.baselines.common import Baseline, SequenceConfig, build_tokens
+from longer_rec.model.baselines.common import Baseline, SequenceConfig, build_tokens, nothing
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, keep_newest
 from longer_rec.model.state import LayerCache, UserState
 
@@ -36,10 +36,10 @@ class DinTower(Baseline):
         self.norm = nn.LayerNorm(config.width)
         self.activation = ActivationUnit(config.width, config.activation_hidden)
 
-    def read(self, user: UserSide) -> tuple[list[Tensor], UserState]:
+    def read(self, user: UserSide) -> UserState:
         user = keep_newest(user, self.num_recent)
         token_SHE = self.norm(self.tokens.events(user)).unsqueeze(1)
-        return [], UserState(user.dense_BF[:, :0], (LayerCache(token_SHE, token_SHE, user.length_B),))
+        return UserState(nothing(user), (LayerCache(token_SHE, token_SHE, user.length_B),))
 
     def look(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
         token_CD = self.norm(self.tokens.candidates(candidates))

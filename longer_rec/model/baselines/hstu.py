@@ -6,14 +6,14 @@ itself.
 """
 
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longer_rec.model.baselines.common import Baseline, SequenceConfig, build_tokens, check_heads
+from longer_rec.model.baselines.common import Baseline, SequenceConfig, build_tokens, check_heads, nothing
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
 from longer_rec.model.jagged import position_from_newest
 from longer_rec.model.state import LayerCache, UserState
@@ -42,24 +42,26 @@ class HstuTower(Baseline):
                                     for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.width)
 
-    def read(self, user: UserSide) -> tuple[list[Tensor], UserState]:
+    @property
+    def hstu_layers(self) -> list["HstuLayer"]:
+        return cast(list[HstuLayer], list(self.layers))
+
+    def read(self, user: UserSide) -> UserState:
         lengths = user.length_B.tolist()  # host sync on GPU
         pairs = [distance_buckets(age_L) for age_L in user.age_T.split(lengths)] if len(self.layers) > 1 else []
         # A candidate stands one behind the newest event, at the request's time.
         ahead_T = (distance_bucket(position_from_newest(user.length_B, user.age_T.numel()) + 1) * NUM_BUCKETS
                    + distance_bucket(user.age_T))
         token_TD, caches = self.tokens.events(user), []
-        for depth, layer in enumerate(self.layers):
-            assert isinstance(layer, HstuLayer)
+        for depth, layer in enumerate(self.hstu_layers):
             is_last = depth == len(self.layers) - 1
             token_TD, cache = layer.encode(token_TD, user.length_B, ahead_T, None if is_last else pairs)
             caches.append(cache)
-        return [], UserState(user.dense_BF[:, :0], tuple(caches))
+        return UserState(nothing(user), tuple(caches))
 
     def look(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
         token_CD = self.tokens.candidates(candidates)
-        for layer, cache in zip(self.layers, state.layers, strict=True):
-            assert isinstance(layer, HstuLayer)
+        for layer, cache in zip(self.hstu_layers, state.layers, strict=True):
             token_CD = layer.score(token_CD, cache, candidates.length_B)
         return [self.final_norm(token_CD)]
 

@@ -16,6 +16,7 @@ from longer_rec.model.baselines.common import (
     SequenceConfig,
     build_tokens,
     check_heads,
+    nothing,
     user_vectors,
     vector_of,
 )
@@ -54,7 +55,7 @@ class SasRecTower(Baseline):
         self.layers = nn.ModuleList(layers)
         self.final_norm = nn.LayerNorm(config.width)
 
-    def read(self, user: UserSide) -> tuple[list[Tensor], UserState]:
+    def read(self, user: UserSide) -> UserState:
         token_SX = self.tokens.events(user)
         last_B = user.length_B.clamp(max=1)
         for depth, layer in enumerate(self.layers):
@@ -64,7 +65,8 @@ class SasRecTower(Baseline):
             token_SX, _ = layer.encode(token_SX, user.length_B, queries)
         output_QX = self.final_norm(token_SX)
         vector_BD = output_QX.new_zeros(last_B.numel(), output_QX.shape[1])
-        return [], user_vectors(vector_BD.index_copy(0, last_B.nonzero().squeeze(1), output_QX))
+        vector_BD = vector_BD.index_copy(0, last_B.nonzero().squeeze(1), output_QX)
+        return UserState(nothing(user), user_vectors(vector_BD))
 
     def look(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
         return [self.tokens.candidates(candidates) * vector_of(state, candidates)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longer_rec.errors import ConfigError
-from longer_rec.model.baselines.common import Baseline, SequenceConfig, build_tokens, check_heads
+from longer_rec.model.baselines.common import Baseline, SequenceConfig, build_tokens, check_heads, nothing
 from longer_rec.model.baselines.target_attention import TargetAttention
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
 from longer_rec.model.state import UserState
@@ -42,10 +42,10 @@ class SimHardTower(Baseline):
         self.norm = nn.LayerNorm(config.width)
         self.attention = TargetAttention(config.width, config.num_heads, config.matcher_gamma)
 
-    def read(self, user: UserSide) -> tuple[list[Tensor], UserState]:
+    def read(self, user: UserSide) -> UserState:
         token_TD = self.norm(self.tokens.events(user))
         memory = self.attention.memory(token_TD, token_TD, None, user.length_B)
-        return [], UserState(user.dense_BF[:, :0], (memory,), event_id_T=user.event_id[self.feature])
+        return UserState(nothing(user), (memory,), event_id_T=user.event_id[self.feature])
 
     def look(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
         memory, = state.layers

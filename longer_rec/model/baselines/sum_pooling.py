@@ -30,7 +30,7 @@ class SumPoolingTower(Baseline):
         self.pooling = config.pooling
         self.tokens = build_tokens(config, widths, max_events)
 
-    def read(self, user: UserSide) -> tuple[list[Tensor], UserState]:
+    def read(self, user: UserSide) -> UserState:
         token_TD = self.tokens.events(user)
         request_T = request_of(user.length_B, token_TD.shape[0])
         sum_BD = token_TD.new_zeros(user.length_B.numel(), token_TD.shape[1]).index_add(0, request_T, token_TD)
@@ -38,7 +38,7 @@ class SumPoolingTower(Baseline):
             vector_BD = sum_BD / user.length_B.clamp(min=1).unsqueeze(1)
         else:
             vector_BD = sum_BD / self.max_events**0.5
-        return [vector_BD], user_vectors(vector_BD)
+        return UserState(vector_BD, user_vectors(vector_BD))
 
     def look(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
         token_CD = self.tokens.candidates(candidates)
