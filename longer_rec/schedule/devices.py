@@ -44,7 +44,7 @@ class Share:
 
     @cached_property
     def surplus(self) -> int:
-        """Places for workers beyond the W that there are, all on devices of the slowest type."""
+        """Places for workers beyond the W that there are."""
         return sum(n * a for n, a in zip(self.counts, self.workers, strict=True)) - self.num_workers
 
     @property
@@ -53,19 +53,26 @@ class Share:
         idle = sum(n * (c - a / self.step_s) for n, c, a in devices)
         return (idle + self.surplus / self.step_s) / sum(n * c for n, c, _ in devices)
 
+    @cached_property
+    def given_up(self) -> Counts:
+        """How many devices of each type host one worker less, so that W are hosted in all: of the slowest types."""
+        left, taken = self.surplus, [0] * len(self.counts)
+        for i in sorted(range(len(taken)), key=lambda i: -self.workers[i] / self.rates[i] if self.rates[i] else 0.0):
+            taken[i] = min(left, self.counts[i])
+            left -= taken[i]
+        return tuple(taken)
+
     @property
     def busy_s(self) -> float:
         """Device-seconds of one step's mini-batches."""
-        busy = sum(n * a / c for n, c, a in zip(self.counts, self.rates, self.workers, strict=True) if c)
-        return busy - self.surplus / self.rates[self.slowest]
+        return sum((n * a - less) / c for n, a, less, c in zip(
+            self.counts, self.workers, self.given_up, self.rates, strict=True) if c)
 
     @property
     def by_device(self) -> list[int]:
         """Logical workers of each device, type by type; they add up to W."""
-        own = [n * [a] for n, a in zip(self.counts, self.workers, strict=True)]
-        for place in range(self.surplus):
-            own[self.slowest][-1 - place] -= 1
-        return [workers for each in own for workers in each]
+        return [workers for n, a, less in zip(self.counts, self.workers, self.given_up, strict=True)
+                for workers in [*(n - less) * [a], *less * [a - 1]]]
 
 
 @lru_cache(maxsize=1 << 18)

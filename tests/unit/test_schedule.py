@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longer_rec.config import load_config
@@ -22,7 +22,7 @@ POLICIES = ("gang", "backfill", "homogeneous", "easyscale")
 PAUSE_S, SETTLE_S = 5.0, 20.0
 
 # The machine may be busy: examples have no deadline.
-given_some = settings(max_examples=50, deadline=None)
+given_some = settings(max_examples=100, deadline=None)
 
 rates = st.integers(1, 40).map(lambda tenths: tenths / 10)
 some_devices = st.lists(st.tuples(st.integers(1, 4), rates), min_size=1, max_size=3).map(lambda both: (
@@ -61,6 +61,7 @@ def test_floor_and_ceil_at_one_time_would_miss_the_best_share() -> None:
 
 
 @given_some
+@example(devices=((1, 3), (0.1, 0.2)), num_workers=12)  # both types are the slowest
 @given(some_devices, st.integers(1, 12))
 def test_every_worker_has_a_device_and_no_device_is_slower_than_f(
         devices: tuple[tuple[int, ...], tuple[float, ...]], num_workers: int) -> None:
