@@ -46,8 +46,8 @@ def calibrate(job: Job, dataset: Dataset, measure: Measure, ranks: Sequence[int]
     # Two ranks may share a core: bytes are measured as well there, seconds as two ranks on a core have them.
     most = len(machine.gpus()) or 2 * machine.num_cores()
     if not 1 <= min(ranks) <= max(ranks) <= most:
-        raise ConfigError(f"--calibrate {max(ranks)}: this machine can measure 1 to {most} ranks, one on each GPU or two "
-                          "on each core; use such numbers")
+        raise ConfigError(f"--calibrate {max(ranks)}: this machine can measure 1 to {most} ranks, one on each GPU or "
+                          "two on each core; use such numbers")
     scenarios = []
     for number in ranks:
         # Steps 2 and on, of all workers: those that are timed.

@@ -45,42 +45,42 @@ def fit_scaling(x: Sequence[float], y: Sequence[float], num_band: int = 60) -> S
     Confidence comes from a parametric bootstrap: curves are fitted to draws around the fitted values, whose spread is
     itself drawn, sigma^2 = residuals / chi-square, because few points tell it badly.
     """
-    x_N, y_N = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if len(np.unique(x_N)) < MIN_POINTS:
+    xs, ys = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if len(np.unique(xs)) < MIN_POINTS:
         return None
-    scale = float(np.exp(np.log(x_N).mean()))
-    scaled_N = x_N / scale
-    (beta,), (slope,), (level,) = _fit(scaled_N, y_N[None, :], _BETAS)
+    scale = float(np.exp(np.log(xs).mean()))
+    scaled = xs / scale
+    (beta,), (slope,), (level,) = _fit(scaled, ys[None, :], _BETAS)
     fine = np.linspace(beta - _STEP, beta + _STEP, 200) if abs(beta) > _STEP else np.array([beta])
-    (beta,), (slope,), (level,) = _fit(scaled_N, y_N[None, :], fine)
-    fitted_N = slope * _basis(scaled_N, np.array([beta]))[0] + level
-    residual, total = float(((y_N - fitted_N) ** 2).sum()), float(((y_N - y_N.mean()) ** 2).sum())
+    (beta,), (slope,), (level,) = _fit(scaled, ys[None, :], fine)
+    fitted = slope * _basis(scaled, np.array([beta]))[0] + level
+    residual, total = float(((ys - fitted) ** 2).sum()), float(((ys - ys.mean()) ** 2).sum())
 
     random = np.random.default_rng(0)
-    sigma_R = np.sqrt(residual / random.chisquare(len(x_N) - 3, _REPLICATES))
-    draw_RN = fitted_N + sigma_R[:, None] * random.standard_normal((_REPLICATES, len(x_N)))
-    band = np.geomspace(x_N.min(), x_N.max(), num_band)
-    beta_R, slope_R, level_R = _fit(scaled_N, draw_RN, _BETAS)
-    curve_RN = slope_R[:, None] * _basis(band / scale, beta_R) + level_R[:, None]
-    low, high = np.quantile(curve_RN, [0.025, 0.975], axis=0)
+    sigmas = np.sqrt(residual / random.chisquare(len(xs) - 3, _REPLICATES))
+    draws = fitted + sigmas[:, None] * random.standard_normal((_REPLICATES, len(xs)))
+    band = np.geomspace(xs.min(), xs.max(), num_band)
+    betas, slopes, levels = _fit(scaled, draws, _BETAS)
+    curves = slopes[:, None] * _basis(band / scale, betas) + levels[:, None]
+    low, high = np.quantile(curves, [0.025, 0.975], axis=0)
     curve = slope * _basis(band / scale, np.array([beta]))[0] + level
     return ScalingFit(alpha=float(slope / beta * scale**-beta), beta=float(beta), gamma=float(level - slope / beta),
                       r2=1 - residual / total if total else float("nan"), band_x=band.tolist(), curve=curve.tolist(),
                       low=low.tolist(), high=high.tolist())
 
 
-def _basis(x_N: Floats, beta_R: Floats) -> Floats:
+def _basis(xs: Floats, betas: Floats) -> Floats:
     """(x^beta - 1) / beta, a row for each beta: x^beta itself is all but constant near beta = 0."""
-    basis: Floats = np.expm1(np.outer(beta_R, np.log(x_N))) / beta_R[:, None]
+    basis: Floats = np.expm1(np.outer(betas, np.log(xs))) / betas[:, None]
     return basis
 
 
-def _fit(x_N: Floats, y_RN: Floats, beta_G: Floats) -> tuple[Floats, Floats, Floats]:
-    """Best exponent of ``beta_G``, slope and level of each row of ``y_RN``."""
-    basis_GN = _basis(x_N, beta_G)
-    centred_GN = basis_GN - basis_GN.mean(axis=1, keepdims=True)
-    slope_RG = (y_RN @ centred_GN.T) / (centred_GN**2).sum(axis=1)
-    gain_RG = slope_RG**2 * (centred_GN**2).sum(axis=1)
-    best_R = gain_RG.argmax(axis=1)
-    slope_R = np.take_along_axis(slope_RG, best_R[:, None], axis=1)[:, 0]
-    return beta_G[best_R], slope_R, y_RN.mean(axis=1) - slope_R * basis_GN[best_R].mean(axis=1)
+def _fit(xs: Floats, rows: Floats, grid: Floats) -> tuple[Floats, Floats, Floats]:
+    """Best exponent of ``grid``, slope and level of each row of ``rows``."""
+    basis = _basis(xs, grid)
+    centred = basis - basis.mean(axis=1, keepdims=True)
+    slope = (rows @ centred.T) / (centred**2).sum(axis=1)
+    gain = slope**2 * (centred**2).sum(axis=1)
+    best = gain.argmax(axis=1)
+    slopes = np.take_along_axis(slope, best[:, None], axis=1)[:, 0]
+    return grid[best], slopes, rows.mean(axis=1) - slopes * basis[best].mean(axis=1)
