@@ -4,7 +4,7 @@ CONFIG   ?= configs/first.yaml
 RUN      ?= first
 ARGS     ?=
 TORCHREC ?= 1.8.0
-EXTRAS   ?= examples,dev
+EXTRAS   ?= examples,serve,dev
 
 # A GPU set where a driver answers, the CPU set elsewhere; DEVICE=cpu overrules.
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)

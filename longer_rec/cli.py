@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -82,17 +82,62 @@ def _train(job: "Job") -> None:
 
 @app.command("eval")
 def evaluate(
-    run_dir: Annotated[Path, typer.Argument(help="run directory")],
+    run_dir: Annotated[Path, typer.Argument(help="run directory; with --server also prepared data")],
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
+    server: Annotated[str | None, typer.Option(help="let this server score, such as http://127.0.0.1:8000")] = None,
 ) -> None:
-    """Metrics of a run's newest checkpoint."""
+    """Metrics of a run's newest checkpoint, or of what a server answers to the requests of its data."""
     from longer_rec.report.terminal import results_table
     from longer_rec.runtime.distributed import is_main_process
     from longer_rec.train.run import evaluate_run
 
-    row = evaluate_run(run_dir, split)
+    row = evaluate_run(run_dir, split) if server is None else _evaluate_server(run_dir, split, server)
     if is_main_process():
         results_table([row])
+
+
+def _evaluate_server(path: Path, split: str, server: str) -> dict[str, Any]:
+    from longer_rec.data.history import open_dataset
+    from longer_rec.serve.client import Client
+    from longer_rec.train.evaluate import evaluate_scorer
+    from longer_rec.train.run_dir import load_job
+
+    dataset = open_dataset(load_job(path).data.dir if (path / "run.json").is_file() else path)
+    with Client(server, os.environ.get("LONGER_REC_TOKEN")) as client:
+        model = client.model()
+        metrics = evaluate_scorer(dataset, split, client.score, model["max_events"])
+    return {"name": f"{model['name']} {model['version']}", "split": split, **metrics}
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="run directory")],
+    out: Annotated[Path, typer.Option(help="directory to write")],
+    embeddings: Annotated[str, typer.Option(help="float32, float16 or int8")] = "float32",
+    max_auc_loss: Annotated[float, typer.Option(help="what rounded embeddings may cost on the test split")] = 5e-4,
+) -> None:
+    """Make a bundle that `longer-rec serve` serves, of a run's newest checkpoint; refused unless logits agree."""
+    from longer_rec.config import build_config
+    from longer_rec.train.export import ExportOptions, export_run
+
+    options = build_config(ExportOptions, {"embeddings": embeddings, "max_auc_loss": max_auc_loss}, "export")
+    manifest = export_run(run_dir, out, options)
+    typer.echo("\n  ".join([f"exported {out}, version {manifest.version}",
+                            *(f"{name}: {value:.6g}" for name, value in manifest.measured.items())]))
+
+
+@app.command()
+def serve(
+    bundle: Annotated[Path, typer.Argument(help="directory that `longer-rec export` wrote, or a link to one")],
+    settings: Annotated[list[str] | None, typer.Argument(help="such as port=8080 cache_bytes=4GB")] = None,
+) -> None:
+    """Score candidates over HTTP, on this machine alone unless told otherwise; docs/serving.md."""
+    from longer_rec.config import apply_overrides, build_config
+    from longer_rec.serve.app import ServeConfig
+    from longer_rec.serve.app import serve as run
+
+    run(bundle, build_config(ServeConfig, apply_overrides({}, settings or ()), "serve"),
+        lambda line: print(line, flush=True))
 
 
 @app.command()

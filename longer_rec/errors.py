@@ -27,6 +27,14 @@ class ServeError(LongerRecError):
     """A request or a bundle that the server cannot accept."""
 
 
+class Overloaded(ServeError):
+    """As many requests as the server takes are waiting, or it is closing; the same request may succeed later."""
+
+
+class DeadlinePassed(ServeError):
+    """A request waited so long that its answer is of no use any more."""
+
+
 class RankLost(LongerRecError):
     """Another process of the run died, was stopped or cannot be reached; starting again continues the run."""
 

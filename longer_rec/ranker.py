@@ -9,17 +9,18 @@ from longer_rec.batch import RequestBatch
 from longer_rec.model.inputs import CandidateSide, UserSide
 from longer_rec.model.tower import AnyTower
 from longer_rec.schema import Schema
-from longer_rec.sparse.tables import SparseTables
 
 
 class Ranker(nn.Module):
     """``sparse`` looks ids up, ``tower`` ranks; TorchRec shards the former and replicates the latter.
 
+    ``sparse`` is ``sparse.tables.SparseTables`` in training and ``bundle.ServedTables``, without TorchRec, in serving.
+
     Training calls ``lookup`` once for all logical workers and ``logits`` worker by worker; evaluation calls
     ``forward``; all of them go through the tower's ``encode`` and ``score``, as serving does.
     """
 
-    def __init__(self, schema: Schema, sparse: SparseTables, tower: AnyTower) -> None:
+    def __init__(self, schema: Schema, sparse: nn.Module, tower: AnyTower) -> None:
         super().__init__()
         self.schema = schema
         self.sparse = sparse

@@ -26,7 +26,7 @@ from longer_rec.model.own_attention import own_mask
 from longer_rec.model.phd import HiddenCopies, PHDConfig, check_phd
 from longer_rec.model.sampling import DEFAULT_QUERIES, Queries, Sampling, check_sampling, fewest_events, newest, sample
 from longer_rec.model.state import LayerCache, UserState
-from longer_rec.model.tokens import EventTokens, UserGlobals
+from longer_rec.model.tokens import EventTokens, UserGlobals, age_bucket
 
 _SIDES = ("encode", "encode_hidden", "score")
 
@@ -197,6 +197,18 @@ class LongerTower(nn.Module):
         parts.append(candidates.dense_CF.to(token_CX.dtype))
         request_C = request_of(candidates.length_B, num_candidates)
         return self.head(torch.cat(parts, dim=1), state.head_BF, request_C)
+
+    def retime(self, state: UserState, age_T: Tensor, user: UserSide) -> UserState | None:
+        """``state`` of the same events at another request time, bitwise what ``encode`` gives; None if it needs that.
+
+        ``age_T`` are the ages when the state was made, T as in ``user``. Keys, values and the head's share read an age
+        through its bucket alone, so they hold until an event changes its bucket; matches are counted anew.
+        """
+        boundary = self.tokens.get_buffer("age_boundary")
+        if not torch.equal(age_bucket(age_T, boundary), age_bucket(user.age_T, boundary)):
+            return None
+        runs = self.interaction.encode(user) if self.interaction is not None else None
+        return replace(state, matches=runs)
 
     def _encode_head(self, user: UserSide, output_QX: Tensor, length_B: Tensor) -> Tensor:
         B, num_globals = length_B.numel(), self.config.num_read_globals

@@ -1,7 +1,10 @@
 """What ``encode`` leaves behind of a user: all that scoring candidates needs, and nothing that depends on one."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -43,3 +46,75 @@ class UserState:
     layers: tuple[LayerCache, ...] = ()
     matches: MatchRuns | None = None
     event_id_T: Tensor | None = None
+
+
+def map_state(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A state, or a part of one, with ``function`` applied to each of its tensors."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(map_state(each, function) for each in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{field.name: map_state(getattr(value, field.name), function) for field in fields(value)})
+    return value
+
+
+def state_bytes(state: UserState) -> int:
+    """Bytes that the state's tensors hold."""
+    total = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.untyped_storage().nbytes()
+        return tensor
+
+    map_state(state, count)
+    return total
+
+
+def join_states(states: Sequence[UserState]) -> UserState:
+    """The state of all requests of ``states``, one after the other: as if they had been encoded together."""
+    if len(states) == 1:
+        return states[0]
+    layers = tuple(LayerCache(*(torch.cat([getattr(layer, field.name) for layer in layers])
+                                for field in fields(LayerCache)))
+                   for layers in zip(*(state.layers for state in states), strict=True))
+    runs = [state.matches for state in states if state.matches is not None]
+    ids = [state.event_id_T for state in states if state.event_id_T is not None]
+    return UserState(torch.cat([state.head_BF for state in states]), layers, _join_runs(runs) if runs else None,
+                     torch.cat(ids) if ids else None)
+
+
+def split_state(state: UserState) -> list[UserState]:
+    """The state of each request by itself, in memory of its own."""
+    B = state.head_BF.shape[0]
+    layers = [zip(layer.key_SHE.split(layer.length_B.tolist()), layer.value_SHE.split(layer.length_B.tolist()),
+                  layer.length_B.split(1), strict=True) for layer in state.layers]
+    caches = [tuple(LayerCache(*parts) for parts in of_request) for of_request in zip(*layers, strict=True)] or [()] * B
+    runs: Sequence[MatchRuns | None] = [None] * B if state.matches is None else _split_runs(state.matches)
+    ids: Sequence[Tensor | None] = [None] * B
+    if state.event_id_T is not None:
+        ids = state.event_id_T.split(state.layers[0].length_B.tolist())
+    return [map_state(UserState(*parts), Tensor.clone)
+            for parts in zip(state.head_BF.split(1), caches, runs, ids, strict=True)]
+
+
+def _join_runs(runs: Sequence[MatchRuns]) -> MatchRuns:
+    by_field = list(zip(*(_rows_of_fields(each) for each in runs), strict=True))
+    row_of = [[torch.cat([getattr(each, name)[rows] for each, rows in zip(runs, of_field, strict=True)])
+               for of_field in by_field] for name in ("id", "statistic")]
+    return MatchRuns(torch.cat(row_of[0]), torch.cat([each.length_JB for each in runs], dim=1), torch.cat(row_of[1]),
+                     torch.cat([each.user_BF for each in runs]))
+
+
+def _rows_of_fields(runs: MatchRuns) -> list[slice]:
+    ends = runs.length_JB.sum(1).cumsum(0).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _split_runs(runs: MatchRuns) -> list[MatchRuns]:
+    J, B = runs.length_JB.shape
+    lengths = runs.length_JB.flatten().tolist()
+    id_parts, statistic_parts = runs.id.split(lengths), runs.statistic.split(lengths)
+    return [MatchRuns(torch.cat(id_parts[b::B]), runs.length_JB[:, b:b + 1], torch.cat(statistic_parts[b::B]),
+                      runs.user_BF[b:b + 1]) for b in range(B)]

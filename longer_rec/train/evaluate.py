@@ -1,5 +1,6 @@
 """Metrics of a split, computed by all ranks, exact and independent of their number."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Final, TypeVar
@@ -13,6 +14,7 @@ from longer_rec.batch import RequestBatch
 from longer_rec.data.batches import make_batch
 from longer_rec.data.history import Dataset
 from longer_rec.data.loader import DataConfig, EvalLoader
+from longer_rec.data.raw import raw_request
 from longer_rec.errors import Preempted
 from longer_rec.job import Precision
 from longer_rec.model.attention_profile import attention_mass
@@ -121,6 +123,18 @@ def gather_blocks(scored: list[tuple[int, BlockT]], world: World) -> list[BlockT
     if not world.is_main:
         return None
     return [result for _, result in sorted((entry for part in gathered for entry in part or ()), key=itemgetter(0))]
+
+
+def evaluate_scorer(dataset: Dataset, split: str, score: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+                    max_events: int) -> dict[str, float]:
+    """Metrics of a split whose requests ``score`` answers from raw values, as a server does; request by request."""
+    columns = []
+    for row in dataset.split_rows(split):
+        batch = make_batch(dataset, [row], max_events=max_events)
+        logits = score(raw_request(dataset, row, max_events))["logits"]
+        columns.append(_columns(batch, torch.tensor(list(logits.values()), dtype=torch.float32).T))
+    label, logit, row_C = np.concatenate(columns, axis=1)
+    return metrics_of(Scores(label, logit, row_C.astype(np.int64)), dataset)
 
 
 def _raise_if_stopped(stop: StopSignal, split: str, world: World) -> None:

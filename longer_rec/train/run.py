@@ -39,7 +39,7 @@ def train(job: Job) -> list[Row] | None:
     """
     prepare_process()
     with StopSignal() as stop, joined_world(job.train.timeout_s) as world:
-        dataset = _open_data(job, world)
+        dataset = open_data(job, world)
         jobs = [job, *baseline_jobs(job).values()]
         for each in jobs:
             check_job(each, dataset, world)
@@ -79,9 +79,9 @@ def evaluate_run(run_dir: Path, split: str) -> Row:
     Of the test split it writes ``analysis.json`` again.
     """
     prepare_process()
-    job = _only_read(load_job(run_dir))
+    job = only_read(load_job(run_dir))
     with joined_world(job.train.timeout_s) as world:
-        dataset = _open_data(job, world, [split])
+        dataset = open_data(job, world, [split])
         trainer = load_run(job, dataset, world)
         metrics = _test(trainer) if split == "test" else trainer.evaluate(split)
         return {"name": job.name, "step": trainer.step, "split": split, **metrics}
@@ -106,16 +106,16 @@ def _test(trainer: Trainer) -> dict[str, float]:
 def replay_run(run_dir: Path) -> list[str]:
     """Run the step again at which a run was given up, on one process; what is not finite in it, a line each."""
     prepare_process()
-    job, num_workers = _only_read(load_job(run_dir)), int(read_run(run_dir)["num_workers"])
+    job, num_workers = only_read(load_job(run_dir)), int(read_run(run_dir)["num_workers"])
     with joined_world(job.train.timeout_s) as world:
-        dataset = _open_data(job, world, ["train"])
+        dataset = open_data(job, world, ["train"])
         trainer = Trainer(job, dataset, world, parallelize(job, dataset, world), num_workers)
         if not trainer.restore(CheckpointManager(run_dir / "failure")):
             raise CheckpointError(f"{run_dir} holds no step that was given up; there is nothing to replay")
         return [f"step {trainer.step + 1}, not finite in it:", *replay_step(trainer)]
 
 
-def _only_read(job: Job) -> Job:
+def only_read(job: Job) -> Job:
     """For a run that is not continued: any number of ranks, whatever plan and shares are for, any kind of machine."""
     return job.model_copy(update={"sparse": job.sparse.model_copy(update={"plan": "auto"}),
                                   "elastic": job.elastic.model_copy(update={"strict": False, "shares": None})})
@@ -136,7 +136,7 @@ def prepare_process() -> None:
     make_deterministic()
 
 
-def _open_data(job: Job, world: World, splits: Sequence[str] = SPLITS) -> Dataset:
+def open_data(job: Job, world: World, splits: Sequence[str] = SPLITS) -> Dataset:
     """One rank of each host verifies the hashes of its files; a fault anywhere ends the run everywhere."""
     def open_and_check() -> Dataset:
         dataset = open_dataset(job.data.dir, verify=world.local_rank == 0)

@@ -1,0 +1,322 @@
+"""Encoded requests in, logits out, from two threads: one encodes users, one scores candidates. Knows nothing of HTTP.
+
+A request whose user's state is in the cache goes straight to the scoring thread, so a long prefill never stands before
+it (torch releases the interpreter lock inside its operations). Each thread takes all that waits for it as one batch.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+import torch
+from torch import Tensor
+
+from longer_rec.batch import RequestBatch, concat_batches
+from longer_rec.bundle import Bundle
+from longer_rec.config import Config
+from longer_rec.errors import DeadlinePassed, Overloaded
+from longer_rec.model.inputs import UserSide
+from longer_rec.model.longer import LongerTower
+from longer_rec.model.state import LayerCache, UserState, join_states, split_state
+from longer_rec.serve.metrics import Metrics
+from longer_rec.serve.request import EncodedRequest
+from longer_rec.serve.user_cache import CachedState, CacheKey, UserCache
+
+Source = Literal["hit", "retimed", "prefill"]
+
+
+class EngineConfig(Config):
+    """How users' states are kept and requests brought together."""
+
+    threads: int = pydantic.Field(1, ge=1, description="of torch, for each of the two threads of the engine")
+    cache_bytes: pydantic.ByteSize = pydantic.Field(pydantic.ByteSize(1 << 30), ge=0)
+    tenant_bytes: pydantic.ByteSize | None = pydantic.Field(None, gt=0, description="of the cache, for each tenant")
+    cache_ttl_s: float = pydantic.Field(3600.0, gt=0)
+    cache_dtype: Literal["float32", "bfloat16"] = pydantic.Field("float32", description="of cached keys and values")
+    max_waiting: int = pydantic.Field(256, ge=1, description="requests accepted and not answered; more are refused")
+    deadline_ms: float = pydantic.Field(2000.0, gt=0, description="of a request, its body's arrival included")
+    batch_requests: int = pydantic.Field(16, ge=1, description="at most, in one prefill or one scoring")
+    batch_wait_ms: float = pydantic.Field(0.0, ge=0, description="how long a batch waits to fill; 0: for nothing")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Logits of a request's candidates, where its user's state came from, and the version that made them."""
+
+    logit_CY: npt.NDArray[np.float32]
+    source: Source
+    version: str
+
+
+@dataclass(frozen=True)
+class Served:
+    """A bundle and the states made with it; both go when the last request that holds them is answered."""
+
+    bundle: Bundle
+    cache: UserCache
+
+
+@dataclass
+class Job:
+    """A request under way; ``entry`` is its user's state once there is one, ``pinned`` if the cache holds it."""
+
+    served: Served
+    request: EncodedRequest
+    key: CacheKey
+    deadline: float
+    future: "Future[Answer]" = field(default_factory=Future)
+    submitted: float = field(default_factory=time.monotonic)
+    entry: CachedState | None = None
+    pinned: bool = False
+    source: Source = "hit"
+
+    @property
+    def is_over(self) -> bool:
+        """Nobody waits for it any more; past its deadline it is answered so."""
+        if time.monotonic() > self.deadline:
+            self.fail(DeadlinePassed("the deadline passed while the request waited; ask for less at a time"))
+        return self.future.done()
+
+    def fail(self, fault: BaseException) -> None:
+        with suppress(InvalidStateError):  # cancelled meanwhile, or answered
+            self.future.set_exception(fault)
+
+    def release(self) -> None:
+        if self.entry is not None and self.pinned:
+            self.served.cache.release(self.entry)
+        self.entry, self.pinned = None, False
+
+
+class Engine:
+    """``submit`` from any thread; ``close`` answers what it has accepted and ends the threads."""
+
+    def __init__(self, bundle: Bundle, config: EngineConfig, metrics: Metrics | None = None) -> None:
+        self.config, self.metrics = config, metrics or Metrics()
+        self.served = self._serve(bundle)
+        self._lock = threading.RLock()  # an answer given under it counts itself
+        self._num_waiting = 0
+        self._is_closing = False
+        self._followers: dict[CacheKey, list[Job]] = {}
+        self._prefills: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._scorings: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, args=(waiting, work), name=name, daemon=True)
+                         for name, waiting, work in (("prefill", self._prefills, self._prefill),
+                                                     ("score", self._scorings, self._score))]
+        for thread in self._threads:
+            thread.start()
+        self.metrics.gauge("waiting_requests", "accepted and not answered").set_function(lambda: self._num_waiting)
+        self.metrics.gauge("cache_bytes", "of users' states").set_function(lambda: self.served.cache.num_bytes)
+        self.metrics.gauge("cache_states", "users' states kept").set_function(lambda: len(self.served.cache))
+        self.metrics.gauge("cache_evicted", "states evicted").set_function(lambda: self.served.cache.counts.evicted)
+
+    def submit(self, request: EncodedRequest, tenant: str = "", served: Served | None = None) -> "Future[Answer]":
+        """The answer to come; ``served`` is what the request was encoded for, by default what serves now.
+
+        ``Overloaded`` when ``max_waiting`` requests wait already; ``DeadlinePassed`` of a future that waited too long.
+        """
+        served = served or self.served
+        with self._lock:
+            if self._is_closing:
+                raise Overloaded("the server is closing; ask another one")
+            if self._num_waiting >= self.config.max_waiting:
+                raise Overloaded(f"{self._num_waiting} requests are waiting, {self.config.max_waiting} at most; "
+                                 "come back later")
+            self._num_waiting += 1
+        job = Job(served, request, CacheKey(served.bundle.version, tenant, request.user, request.digest),
+                  time.monotonic() + self.config.deadline_ms / 1e3)
+        job.future.add_done_callback(self._count_answered)
+        with self._lock:
+            job.entry = served.cache.get(job.key)
+            job.pinned = job.entry is not None
+            if job.pinned:
+                self._scorings.put(job)
+            else:
+                self._lead_or_follow(job)
+        return job.future
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether both threads work."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    def swap(self, bundle: Bundle) -> None:
+        """Requests encoded from now on meet the new bundle and an empty cache; those under way keep theirs."""
+        self.served = self._serve(bundle)
+        self.metrics.reloads.inc()
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Accept nothing more, answer what was accepted, end the threads."""
+        with self._lock:
+            self._is_closing = True
+        end = time.monotonic() + timeout_s
+        while self._num_waiting and time.monotonic() < end:
+            time.sleep(0.005)
+        for waiting, thread in zip((self._prefills, self._scorings), self._threads, strict=True):
+            waiting.put(None)
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def _serve(self, bundle: Bundle) -> Served:
+        config = self.config
+        return Served(bundle, UserCache(config.cache_bytes, config.cache_ttl_s, config.tenant_bytes))
+
+    def _count_answered(self, _: object) -> None:
+        with self._lock:
+            self._num_waiting -= 1
+
+    def _lead_or_follow(self, job: Job) -> None:
+        """Under the lock: wait for the prefill of the same user that is under way, or begin one."""
+        if job.key in self._followers:
+            self._followers[job.key].append(job)
+        else:
+            self._followers[job.key] = []
+            self._prefills.put(job)
+
+    def _work(self, waiting: "queue.SimpleQueue[Job | None]", work: Callable[[list[Job]], None]) -> None:
+        torch.set_num_threads(self.config.threads)
+        while (jobs := self._take(waiting)) is not None:
+            for served in {id(job.served): job.served for job in jobs}.values():
+                own = [job for job in jobs if job.served is served]
+                try:
+                    with torch.inference_mode():
+                        work(own)
+                except Exception as fault:
+                    self._fail(own, fault)
+
+    def _take(self, waiting: "queue.SimpleQueue[Job | None]") -> list[Job] | None:
+        """All that waits, up to a batch; None at the end."""
+        first = waiting.get()
+        if first is None:
+            return None
+        jobs, end = [first], time.monotonic() + self.config.batch_wait_ms / 1e3
+        while len(jobs) < self.config.batch_requests:
+            try:
+                job = waiting.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                break
+            if job is None:
+                waiting.put(None)
+                break
+            jobs.append(job)
+        return jobs
+
+    def _fail(self, jobs: Sequence[Job], fault: Exception) -> None:
+        for job in jobs:
+            with self._lock:
+                followers = self._followers.pop(job.key, []) if job.entry is None else []
+            for each in (job, *followers):
+                each.release()
+                each.fail(fault)
+
+    def _prefill(self, jobs: list[Job]) -> None:
+        """Encode users together; each then goes to the scoring thread with all who waited for the same state."""
+        jobs = [job for job in jobs if not self._is_abandoned(job)]
+        if not jobs:
+            return
+        bundle, cache = jobs[0].served.bundle, jobs[0].served.cache
+        start = time.monotonic()
+        for job in jobs:
+            self.metrics.queue_s.observe(start - job.submitted)
+        batch = concat_batches([_without_candidates(job.request.batch) for job in jobs])
+        side = bundle.ranker.user_side(batch, bundle.tables.users(batch))
+        states = split_state(bundle.ranker.tower.encode(side))
+        ages = side.age_T.split(batch.history_length_B.tolist())
+        self.metrics.prefill_s.observe(time.monotonic() - start)
+        self.metrics.prefill_users.observe(len(jobs))
+        for job, state, age_T in zip(jobs, states, ages, strict=True):
+            entry = CachedState(job.key, self._stored(state), job.request.time, age_T.clone())
+            job.source = "prefill"
+            with self._lock:
+                ready = [job, *self._followers.pop(job.key, [])]
+                kept = cache.put(entry, pins=len(ready))
+                for each in ready:
+                    each.entry, each.pinned = entry, kept
+            for each in ready:
+                self._scorings.put(each)
+
+    def _is_abandoned(self, job: Job) -> bool:
+        """Nobody waits for the state that ``job`` asked for."""
+        if not job.is_over:
+            return False
+        with self._lock:
+            if any(not follower.is_over for follower in self._followers.get(job.key, [])):
+                return False
+            self._followers.pop(job.key, None)
+            return True
+
+    def _score(self, jobs: list[Job]) -> None:
+        """Score the candidates of many users, each against its own state, as one batch."""
+        start = time.monotonic()
+        ready: list[Job] = []
+        states: list[UserState] = []
+        for job in jobs:
+            if job.is_over:
+                job.release()
+                continue
+            state = self._fit(job)
+            if state is None:
+                job.release()
+                with self._lock:
+                    self._lead_or_follow(job)
+                continue
+            ready.append(job)
+            states.append(state)
+        if not ready:
+            return
+        ranker, tables = ready[0].served.bundle.ranker, ready[0].served.bundle.tables
+        batch = concat_batches([_without_history(job.request.batch) for job in ready])
+        side = ranker.candidate_side(batch, tables.candidates(batch.candidates))
+        logit_CY = ranker.tower.score(join_states(states), side)
+        self.metrics.score_s.observe(time.monotonic() - start)
+        self.metrics.score_requests.observe(len(ready))
+        for job, logits in zip(ready, logit_CY.cpu().split(batch.num_candidates_B.tolist()), strict=True):
+            self._answer(job, logits, start)
+
+    def _answer(self, job: Job, logit_CY: Tensor, start: float) -> None:
+        if job.source != "prefill":
+            self.metrics.queue_s.observe(start - job.submitted)
+        self.metrics.states.labels(job.source).inc()
+        job.release()
+        with suppress(InvalidStateError):  # its client has gone
+            job.future.set_result(Answer(logit_CY.numpy(), job.source, job.served.bundle.version))
+
+    def _fit(self, job: Job) -> UserState | None:
+        """The state at the time of ``job``; None when it has to be made for it."""
+        entry, tower = job.entry, job.served.bundle.ranker.tower
+        assert entry is not None
+        state = _widened(entry.state)
+        if entry.time == job.request.time:
+            return state
+        job.source = "retimed"
+        return tower.retime(state, entry.age_T, _ages(job.request.batch)) if isinstance(tower, LongerTower) else None
+
+    def _stored(self, state: UserState) -> UserState:
+        dtype = getattr(torch, self.config.cache_dtype)
+        return replace(state, layers=tuple(replace(layer, key_SHE=layer.key_SHE.to(dtype),
+                                                   value_SHE=layer.value_SHE.to(dtype)) for layer in state.layers))
+
+
+def _widened(state: UserState) -> UserState:
+    return replace(state, layers=tuple(LayerCache(layer.key_SHE.float(), layer.value_SHE.float(), layer.length_B)
+                                       for layer in state.layers))
+
+
+def _without_candidates(batch: RequestBatch) -> RequestBatch:
+    return replace(batch, candidates={}, candidate_dense_CF=batch.candidate_dense_CF[:0], label_CY=batch.label_CY[:0])
+
+
+def _without_history(batch: RequestBatch) -> RequestBatch:
+    return replace(batch, history={}, history_time_T=batch.history_time_T[:0], users={}, user_length_B={})
+
+
+def _ages(batch: RequestBatch) -> UserSide:
+    """Ids and ages of one request, all that ``retime`` reads."""
+    return UserSide({}, batch.history, batch.request_time_B - batch.history_time_T, batch.history_length_B, {},
+                    batch.user_dense_BF)
