@@ -176,6 +176,8 @@ def load_encoders(directory: Path) -> dict[str, Encoder]:
 def encode_values(encoder: Encoder, raw: Sequence[Any] | np.ndarray[Any, Any], what: str) -> I64:
     """Rows of plain Python values or an array, as a request carries them; ``DataError`` for mixed or wrong types."""
     try:
+        if isinstance(encoder, Bucketed):  # 1 and 2.5 are both numbers, but no polars column of one type
+            raw = [float(one) if isinstance(one, int) else one for one in raw]
         series = pl.Series(what, raw if isinstance(raw, np.ndarray) else list(raw), strict=True)
     except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{what}: values of one type are needed: {' '.join(str(error).split())[:120]}") from None

@@ -23,7 +23,7 @@ class RequestLog:
     """Appends to ``events-*.parquet`` (what users did) and ``candidates-*.parquet`` (what they were offered).
 
     A thread writes a file for every 100,000 rows or 60 s, under a temporary name until it is whole. When it does not
-    keep up, calls are counted in ``num_lost`` and not logged: serving never waits for the disk.
+    keep up or cannot write, calls are counted in ``num_lost`` and not logged: serving never waits for the disk.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -70,6 +70,8 @@ class RequestLog:
                     held.setdefault(entry[0], []).append(_frame(entry[1]))
             except queue.Empty:
                 pass
+            except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError):
+                self.num_lost += 1  # values that no column holds; the request itself was answered
             for kind, frames in list(held.items()):
                 if not is_open or sum(map(len, frames)) >= _FILE_ROWS or time.monotonic() - last >= _FILE_S:
                     self._write(kind, held.pop(kind))
@@ -84,7 +86,7 @@ class RequestLog:
             pyarrow.parquet.write_table(pl.concat(frames, how="vertical_relaxed").to_arrow(), temporary,
                                         compression="zstd", write_page_checksum=True)
             temporary.replace(path)
-        except OSError:
+        except (OSError, pl.exceptions.PolarsError):
             self.num_lost += len(frames)
             temporary.unlink(missing_ok=True)
 
@@ -95,4 +97,4 @@ def _frame(columns: Mapping[str, Any]) -> pl.DataFrame:
               for name, value in columns.items()}
     rows = max(len(value) for value in arrays.values() if isinstance(value, list | np.ndarray))
     return pl.DataFrame({name: value if isinstance(value, list | np.ndarray) else [value] * rows
-                         for name, value in arrays.items()})
+                         for name, value in arrays.items()}, strict=False)

@@ -96,6 +96,7 @@ class Server:
         self._reloading = asyncio.Lock()
         gauge = self.engine.metrics.gauge
         gauge("history_bytes", "of stored events").set_function(lambda: self.histories.num_bytes)
+        gauge("log_lost", "calls that were not logged").set_function(lambda: self.log.num_lost if self.log else 0)
         gauge("histories_forgotten", "for want of room or use").set_function(lambda: self.histories.num_forgotten)
 
     async def score(self, body: Any, tenant: str, start: float) -> dict[str, Any]:
@@ -175,14 +176,15 @@ class Server:
             raise HTTPException(400, f"the body is not {kind}: {str(error)[:200]}") from None
 
 
-def create_app(server: Server) -> fastapi.FastAPI:
-    """The application; its lifespan ends with the engine drained and the log written."""
+def create_app(server: Server, started: Callable[[], None] = lambda: None) -> fastapi.FastAPI:
+    """The application; its lifespan begins with ``started`` and ends with the engine drained and the log written."""
     @contextlib.asynccontextmanager
     async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
         if threading.current_thread() is threading.main_thread():
             reloads: set[asyncio.Task[None]] = set()
             asyncio.get_running_loop().add_signal_handler(
                 signal.SIGHUP, lambda: reloads.add(asyncio.ensure_future(_reload_quietly(server))))
+        started()
         yield
         server.is_closing = True
         await asyncio.to_thread(server.engine.close, server.config.drain_s)
@@ -337,12 +339,15 @@ def serve(path: Path, config: ServeConfig, announce: Callable[[str], None] = pri
         except OSError as error:
             raise ServeError(f"cannot serve on {config.host}:{config.port}: {error.strerror}; choose another port or "
                              "host") from None
+        listener.listen(2048)
         bundle = server.engine.served.bundle
-        announce(f"serving {bundle.manifest.name}, version {bundle.version}, on http://{config.host}:"
-                 f"{listener.getsockname()[1]}")
-        # uvicorn sends itself the signal again once it has closed; the end is no failure then.
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        uvicorn.Server(uvicorn.Config(
-            create_app(server), log_level="warning", access_log=False, server_header=False, lifespan="on",
-            timeout_graceful_shutdown=max(1, round(config.drain_s)), limit_concurrency=4 * config.max_waiting,
-            timeout_keep_alive=30)).run(sockets=[listener])
+        line = (f"serving {bundle.manifest.name}, version {bundle.version}, on http://{config.host}:"
+                f"{listener.getsockname()[1]}")
+        http = uvicorn.Server(uvicorn.Config(
+            create_app(server, lambda: announce(line)), log_level="warning", access_log=False, server_header=False,
+            lifespan="on", timeout_graceful_shutdown=max(1, round(config.drain_s)), timeout_keep_alive=30,
+            limit_concurrency=4 * config.max_waiting))
+        # For signals before uvicorn handles them, and for those it sends itself again once it has closed.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: setattr(http, "should_exit", True))
+        http.run(sockets=[listener])
