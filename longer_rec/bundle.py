@@ -55,7 +55,7 @@ class BundleManifest(Config):
     @property
     def version(self) -> str:
         """Changes with every byte of the bundle."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
+        return _hash(self.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ class ServedTables(nn.Module):
         rows_TE = self.get_buffer(table).index_select(0, id_T)
         if rows_TE.dtype != torch.uint8:
             return rows_TE.float()
-        range_T2 = self.get_buffer(f"{table}:range").index_select(0, id_T)
-        return torch.addcmul(range_T2[:, :1], rows_TE.float(), range_T2[:, 1:])
+        span = self.get_buffer(f"{table}:range").index_select(0, id_T)
+        return torch.addcmul(span[:, :1], rows_TE.float(), span[:, 1:])
 
 
 def quantise_rows(weight_VE: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,23 +196,27 @@ def commit_bundle(directory: Path, manifest: BundleManifest) -> BundleManifest:
     return manifest
 
 
-def read_bundle_manifest(path: Path) -> BundleManifest:
-    """The manifest of a bundle; ``ServeError`` when there is none or a damaged one."""
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_bundle_manifest(path: Path) -> tuple[BundleManifest, str]:
+    """The manifest of a bundle and its version; ``ServeError`` when there is none or a damaged one."""
     try:
         content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version = content.pop("version")
+        version, found = content.pop("version"), _hash(content)
         manifest = build_config(BundleManifest, content, str(path / MANIFEST))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, LongerRecError) as error:
         raise ServeError(f"{path} is no bundle that this version reads ({MANIFEST}: {error}); make one with "
                          "`longer-rec export RUN --out BUNDLE`") from None
-    if version != manifest.version:
+    if version != found:
         raise ServeError(f"{path / MANIFEST} is damaged: its version is not the hash of its content; export again")
-    return manifest
+    return manifest, version
 
 
 def load_bundle(path: Path, device: torch.device | str = "cpu") -> Bundle:
     """Read a bundle, every byte held against its hash; ``ServeError`` names the file that is not what was written."""
-    manifest = read_bundle_manifest(path)
+    manifest, version = read_bundle_manifest(path)
     content = {name: _verified(path / name, entry) for name, entry in manifest.files.items()}
     try:
         tables = safetensors.torch.load(content.pop("tables.safetensors"))
@@ -223,7 +227,7 @@ def load_bundle(path: Path, device: torch.device | str = "cpu") -> Bundle:
         of = {kind: {key.partition("/")[2]: value for key, value in tables.items() if key.startswith(f"{kind}/")}
               for kind in ("table", "item", "user", "user_offsets")}
         ranker = Ranker(schema, ServedTables(schema, manifest.pooling, of["table"]), tower)
-        return Bundle(manifest, manifest.version, ranker.to(device).eval().requires_grad_(False), encoders,
+        return Bundle(manifest, version, ranker.to(device).eval().requires_grad_(False), encoders,
                       {name: ids.long() for name, ids in of["item"].items()}, tables["item_dense"],
                       {name: ProfileColumn(ids.long(), of["user_offsets"][name]) for name, ids in of["user"].items()})
     except (KeyError, ValueError, RuntimeError, safetensors.SafetensorError, LongerRecError) as error:

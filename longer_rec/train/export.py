@@ -77,10 +77,15 @@ def _write_checked(directory: Path, manifest: BundleManifest, trainer: Trainer, 
         measured["rounding_max_logit_difference"] = _largest_difference(bundle, rounded, dataset)
         measured["rounded_auc"] = _test_auc(rounded, dataset, config, world)
         measured["auc_loss"] = measured["auc"] - measured["rounded_auc"]
-        if not measured["auc_loss"] <= options.max_auc_loss:
-            raise ServeError(f"embeddings as {options.embeddings} lose {measured['auc_loss']:.2g} of AUC on the test "
-                             f"split, more than {options.max_auc_loss:g}; export others or raise --max-auc-loss")
+        check_auc_loss(measured["auc_loss"], options)
     return commit_bundle(directory, manifest.model_copy(update={"measured": measured}))
+
+
+def check_auc_loss(auc_loss: float, options: ExportOptions) -> None:
+    """``ServeError`` when rounding costs more than it may."""
+    if not auc_loss <= options.max_auc_loss:
+        raise ServeError(f"embeddings as {options.embeddings} lose {auc_loss:.2g} of AUC on the test split, more than "
+                         f"{options.max_auc_loss:g}; export others or raise --max-auc-loss")
 
 
 def _test_auc(bundle: Bundle, dataset: Dataset, config: DataConfig, world: World) -> float:

@@ -91,13 +91,14 @@ def test_hits_and_retimed_states_answer_like_a_whole_forward(engine: Engine, bun
 
 
 def test_requests_scored_together_score_as_alone(bundle: Bundle) -> None:
-    engine = Engine(bundle, EngineConfig(batch_wait_ms=50))
+    engine = Engine(bundle, EngineConfig(batch_wait_ms=1000, batch_requests=7, deadline_ms=10_000))
     bodies = [body(user, length=user * 3, candidates=1 + user) for user in range(7)]
-    answers = [engine.submit(encoded(bundle, raw)) for raw in bodies]
+    requests = [encoded(bundle, raw) for raw in bodies]
+    answers = [engine.submit(request) for request in requests]
     for raw, answer in zip(bodies, answers, strict=True):
         assert np.abs(answer.result(10).logit_CY - full(bundle, raw)).max() <= 1e-5
     assert engine.metrics.registry.get_sample_value("longer_prefill_users_sum") == 7
-    assert (engine.metrics.registry.get_sample_value("longer_prefill_users_count") or 9) <= 2
+    assert engine.metrics.registry.get_sample_value("longer_prefill_users_count") == 1
     engine.close()
 
 
@@ -193,7 +194,7 @@ def test_within_a_time_quantum_requests_hit(engine: Engine) -> None:
     assert np.array_equal(answers[0].logit_CY, full(engine.served.bundle, body(when=2040)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 39), st.integers(1000, 1040)), max_size=20), st.data())
 def test_appended_events_score_like_the_whole_history_at_once(bundle: Bundle, events: list[tuple[int, int]],
                                                               data: st.DataObject) -> None:

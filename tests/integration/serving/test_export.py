@@ -1,20 +1,19 @@
 """A run becomes a bundle that scores as the run does, or none."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-import longer_rec.train.export
 from longer_rec.bundle import load_bundle, quantise_rows, read_bundle_manifest
 from longer_rec.data.history import open_dataset
-from longer_rec.errors import ConfigError, ServeError
+from longer_rec.errors import ServeError
 from longer_rec.train.evaluate import evaluate_scorer
-from longer_rec.train.export import ExportOptions, export_run
+from longer_rec.train.export import ExportOptions, check_auc_loss, check_parity
 from tests.integration.conftest import CommandServer
-from tests.reference.ranks import run_ranks
+from tests.reference.bundles import shop_dataset, write_random_bundle
 from tests.reference.servers import running_server
 
 
@@ -28,7 +27,7 @@ def bundle(commands: CommandServer, trained_once: Path, tmp_path_factory: pytest
 
 def test_the_server_scores_the_test_split_as_the_run_does(commands: CommandServer, trained_once: Path, synthetic: Path,
                                                           bundle: Path) -> None:
-    measured = read_bundle_manifest(bundle).measured
+    measured = read_bundle_manifest(bundle)[0].measured
     assert max(measured[f"{way}_max_logit_difference"] for way in ("uncached", "cached", "split")) <= 1e-5
     with running_server(bundle) as server, server.client() as client:
         served = evaluate_scorer(open_dataset(synthetic), "test", client.score, client.model()["max_events"])
@@ -44,7 +43,7 @@ def test_a_bundle_holds_no_pickle_and_every_damaged_file_is_named(bundle: Path) 
     assert {path.suffix for path in bundle.iterdir()} == {".json", ".arrow", ".safetensors"}
     for path in sorted(bundle.iterdir()):
         content = path.read_bytes()
-        for damaged in (content[:-1], bytes([content[0] ^ 1]) + content[1:]):
+        for damaged in (content[:-2], bytes([content[0] ^ 1]) + content[1:]):
             path.write_bytes(damaged)
             with pytest.raises(ServeError, match=re.escape(str(path if path.name != "bundle.json" else bundle))):
                 load_bundle(bundle)
@@ -55,51 +54,45 @@ def test_a_bundle_holds_no_pickle_and_every_damaged_file_is_named(bundle: Path) 
     load_bundle(bundle)
 
 
-def test_rounded_embeddings_are_within_half_a_step_and_measured(trained_once: Path, tmp_path: Path) -> None:
+def test_rounded_embeddings_are_within_half_a_step_and_measured(commands: CommandServer, trained_once: Path,
+                                                                tmp_path: Path) -> None:
     weight = torch.randn(50, 8) * torch.logspace(-6, 3, 50).unsqueeze(1)
     weight[3] = 0.25
     rows, span = quantise_rows(weight)
     restored = span[:, :1] + rows * span[:, 1:]
     assert bool(((restored - weight).abs() <= 0.5001 * span[:, 1:] + 1e-6 * weight.abs()).all())
-    run_ranks(_export, 1, trained_once, tmp_path / "small", ExportOptions(embeddings="int8"), False)
-    manifest = read_bundle_manifest(tmp_path / "small")
-    assert manifest.measured["auc_loss"] == manifest.measured["auc"] - manifest.measured["rounded_auc"] <= 5e-4
-    assert 0 < manifest.measured["rounding_max_logit_difference"] < 1
+    outcome = commands.run("export", trained_once, "--out", tmp_path / "small", "--embeddings", "int8")
+    assert outcome.code == 0, outcome
+    measured = read_bundle_manifest(tmp_path / "small")[0].measured
+    assert measured["auc_loss"] == measured["auc"] - measured["rounded_auc"] <= 5e-4
+    assert 0 < measured["rounding_max_logit_difference"] < 1
+    for loss in (6e-4, float("nan")):
+        with pytest.raises(ServeError, match="embeddings as int8 lose .* more than 0.0005; export others or raise"):
+            check_auc_loss(loss, ExportOptions(embeddings="int8"))
 
 
-@pytest.mark.parametrize(("spoil", "message"), [
-    ("tower", "uncached logits part from training's by"), ("rows", "embeddings as int8 lose")])
-def test_what_does_not_score_like_the_run_is_refused(trained_once: Path, tmp_path: Path, spoil: str, message: str
-                                                     ) -> None:
-    options = ExportOptions(embeddings="int8", max_auc_loss=0)
-    with pytest.raises(AssertionError, match=re.escape(message)):
-        run_ranks(_export, 1, trained_once, tmp_path / "out", options, spoil)
-    assert not list(tmp_path.glob("out*"))
+def test_a_bundle_that_scores_otherwise_is_refused_with_the_place(tmp_path: Path) -> None:
+    dataset = shop_dataset(tmp_path / "shop")
+    path = write_random_bundle(dataset, tmp_path / "bundle")
+    trained, bundle = load_bundle(path).ranker, load_bundle(path)
+    differences = check_parity(trained, bundle, dataset, torch.device("cpu"))
+    assert len(differences) == 3
+    assert max(differences.values()) <= 1e-5
+    bundle.tables.get_buffer("place")[1] += 1e-2
+    with pytest.raises(ServeError, match=r"uncached logits part from training's by \S+ at request \d+ of the data"):
+        check_parity(trained, bundle, dataset, torch.device("cpu"))
+    encode = trained.tower.encode
+    bundle = load_bundle(path)
+    bundle.ranker.tower.encode = lambda user: replace(  # type: ignore[method-assign]
+        encode(user), head_BF=encode(user).head_BF + 1e-3 * (user.length_B.numel() == 1))
+    with pytest.raises(ServeError, match="cached logits part from training's"):
+        check_parity(trained, bundle, dataset, torch.device("cpu"))
 
 
-def test_an_export_over_something_is_refused(trained_once: Path, bundle: Path) -> None:
-    with pytest.raises(ConfigError, match="exists; choose another --out"):
-        export_run(trained_once, bundle, ExportOptions())
-
-
-def _export(rank: int, world_size: int, run_dir: Path, out: Path, options: ExportOptions, spoil: Any) -> None:
-    if spoil == "tower":
-        load = longer_rec.train.export.load_bundle
-
-        def spoiled(path: Path) -> Any:
-            bundle = load(path)
-            with torch.no_grad():
-                bundle.ranker.tower.head.candidate.bias.add_(1e-3)
-            return bundle
-
-        longer_rec.train.export.load_bundle = spoiled
-    elif spoil == "rows":
-        evaluate, calls = longer_rec.train.export.evaluate, []
-
-        def worse(*arguments: Any, **names: Any) -> dict[str, float]:
-            calls.append(1)
-            metrics = evaluate(*arguments, **names)
-            return {**metrics, "auc": metrics["auc"] - 0.01 * (len(calls) - 1)}
-
-        longer_rec.train.export.evaluate = worse
-    export_run(run_dir, out, options)
+def test_an_export_over_something_or_of_nothing_is_refused(commands: CommandServer, trained_once: Path, bundle: Path,
+                                                           tmp_path: Path) -> None:
+    for run, out, message in ((trained_once, bundle, "exists; choose another --out"),
+                              (tmp_path, tmp_path / "out", "is no readable run directory")):
+        outcome = commands.run("export", run, "--out", out)
+        assert (outcome.code, message in outcome.err, outcome.err.count("\n")) == (2, True, 1), outcome
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """The server through real sockets: what it answers, what it refuses and how, what it survives."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -32,7 +33,8 @@ from tests.reference.servers import RunningServer, running_server
 DOCS = Path(__file__).parents[3] / "docs"
 TOKENS = {"LONGER_REC_TOKEN": "a token for asking", "LONGER_REC_ADMIN_TOKEN": "a token for the admin"}
 SCORE = {"user": "a visitor with number 3", "time": 2000,
-         "history": {"item": [1, 2, 3], "time": [1000, 1000, 1900], "price": [1, 2.5, None], "place": ["place 1", "x", None]},
+         "history": {"item": [1, 2, 3], "time": [1000, 1000, 1900], "price": [1, 2.5, None],
+                     "place": ["place 1", "x", None]},
          "candidates": [3, 4, 77]}
 Reply = tuple[int, dict[str, Any], dict[str, str]]
 
@@ -175,8 +177,8 @@ def test_what_is_too_big_is_refused_before_it_is_read(server: RunningServer) -> 
             pass
         assert sent < 20_000_000, "bytes are counted, whatever the header says"
     many = json.dumps({**SCORE, "candidates": [1] * 1_000_000}).encode()
-    with pytest.raises((ConnectionError, AssertionError)):
-        assert call(server, many)[0] != 413
+    with contextlib.suppress(ConnectionError):  # it may hang up while we are sending
+        assert call(server, many)[0] == 413
     assert call(server, msgpack.packb({**SCORE, "candidates": [1] * 900_000}),
                 **{"Content-Type": "application/msgpack"})[:2] == (
         422, {"error": "candidates: 900000 are given, 1 to 20 are taken; split the request"})
@@ -201,12 +203,13 @@ COLUMN = st.lists(st.integers(-5, 3000) | st.none() | st.text(max_size=3), max_s
 BODY = st.fixed_dictionaries({}, optional={
     "user": st.sampled_from(["a visitor with number 3", "x"]) | JSON, "time": st.integers(-1, 2**41) | JSON,
     "features": st.dictionaries(st.sampled_from(["region", "likes", "user"]), JSON) | JSON,
-    "candidates": COLUMN, "history": st.fixed_dictionaries({}, optional={
-        name: COLUMN for name in ("item", "time", "price", "place")}) | JSON})
+    "candidates": COLUMN,
+    "history": st.fixed_dictionaries({}, optional=dict.fromkeys(("item", "time", "price", "place"), COLUMN)) | JSON})
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(BODY | JSON, st.sampled_from(["/v1/score", "/v1/users/u/events", "/v1/users/%00/events", "/v1/reload", "/nothing"]),
+@given(BODY | JSON,
+       st.sampled_from(["/v1/score", "/v1/users/u/events", "/v1/users/%00/events", "/v1/reload", "/nothing"]),
        st.sampled_from(["POST", "POST", "POST", "GET", "DELETE", "PUT"]), st.booleans())
 def test_no_body_path_or_method_is_a_server_error(server: RunningServer, body: Any, path: str, method: str,
                                                   packed: bool) -> None:
@@ -244,8 +247,7 @@ def test_other_addresses_need_tokens_and_tokens_are_checked(commands: CommandSer
     outcome = commands.run("serve", bundle, "host=0.0.0.0", "port=0")
     assert outcome.code == 2
     assert "host=0.0.0.0 can be reached from other machines; set LONGER_REC_TOKEN" in outcome.err
-    with running_server(
-            bundle, "host=0.0.0.0", **TOKENS) as server:
+    with running_server(bundle, "host=0.0.0.0", **TOKENS) as server:
         ask, admin = ({"Authorization": f"Bearer {token}"} for token in TOKENS.values())
         assert call(server, b"", "/healthz", "GET")[0] == 200
         for wrong in ({}, {"Authorization": "Bearer a token for askinG"}, {"Authorization": "Basic x"}):
