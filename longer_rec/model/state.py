@@ -76,9 +76,7 @@ def join_states(states: Sequence[UserState]) -> UserState:
     """The state of all requests of ``states``, one after the other: as if they had been encoded together."""
     if len(states) == 1:
         return states[0]
-    layers = tuple(LayerCache(*(torch.cat([getattr(layer, field.name) for layer in layers])
-                                for field in fields(LayerCache)))
-                   for layers in zip(*(state.layers for state in states), strict=True))
+    layers = tuple(_join_caches(layers) for layers in zip(*(state.layers for state in states), strict=True))
     runs = [state.matches for state in states if state.matches is not None]
     ids = [state.event_id_T for state in states if state.event_id_T is not None]
     return UserState(torch.cat([state.head_BF for state in states]), layers, _join_runs(runs) if runs else None,
@@ -88,15 +86,26 @@ def join_states(states: Sequence[UserState]) -> UserState:
 def split_state(state: UserState) -> list[UserState]:
     """The state of each request by itself, in memory of its own."""
     B = state.head_BF.shape[0]
-    layers = [zip(layer.key_SHE.split(layer.length_B.tolist()), layer.value_SHE.split(layer.length_B.tolist()),
-                  layer.length_B.split(1), strict=True) for layer in state.layers]
-    caches = [tuple(LayerCache(*parts) for parts in of_request) for of_request in zip(*layers, strict=True)] or [()] * B
+    caches = list(zip(*(_split_cache(layer) for layer in state.layers), strict=True)) or [()] * B
     runs: Sequence[MatchRuns | None] = [None] * B if state.matches is None else _split_runs(state.matches)
     ids: Sequence[Tensor | None] = [None] * B
     if state.event_id_T is not None:
         ids = state.event_id_T.split(state.layers[0].length_B.tolist())
     return [map_state(UserState(*parts), Tensor.clone)
             for parts in zip(state.head_BF.split(1), caches, runs, ids, strict=True)]
+
+
+def _join_caches(caches: Sequence[LayerCache]) -> LayerCache:
+    windows = [cache.window for cache in caches if cache.window is not None]
+    return LayerCache(torch.cat([cache.key_SHE for cache in caches]), torch.cat([cache.value_SHE for cache in caches]),
+                      torch.cat([cache.length_B for cache in caches]), _join_caches(windows) if windows else None)
+
+
+def _split_cache(cache: LayerCache) -> list[LayerCache]:
+    lengths = cache.length_B.tolist()
+    windows = [None] * len(lengths) if cache.window is None else _split_cache(cache.window)
+    return [LayerCache(*parts) for parts in zip(cache.key_SHE.split(lengths), cache.value_SHE.split(lengths),
+                                                cache.length_B.split(1), windows, strict=True)]
 
 
 def _join_runs(runs: Sequence[MatchRuns]) -> MatchRuns:

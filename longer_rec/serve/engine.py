@@ -25,7 +25,7 @@ from longer_rec.config import Config
 from longer_rec.errors import DeadlinePassed, Overloaded
 from longer_rec.model.inputs import UserSide
 from longer_rec.model.longer import LongerTower
-from longer_rec.model.state import LayerCache, UserState, join_states, split_state
+from longer_rec.model.state import UserState, join_states, map_state, split_state
 from longer_rec.serve.metrics import Metrics
 from longer_rec.serve.request import EncodedRequest
 from longer_rec.serve.user_cache import CachedState, CacheKey, UserCache
@@ -291,21 +291,19 @@ class Engine:
         """The state at the time of ``job``; None when it has to be made for it."""
         entry, tower = job.entry, job.served.bundle.ranker.tower
         assert entry is not None
-        state = _widened(entry.state)
+        state = _with_layers_in(entry.state, torch.float32)
         if entry.time == job.request.time:
             return state
         job.source = "retimed"
         return tower.retime(state, entry.age_T, _ages(job.request.batch)) if isinstance(tower, LongerTower) else None
 
     def _stored(self, state: UserState) -> UserState:
-        dtype = getattr(torch, self.config.cache_dtype)
-        return replace(state, layers=tuple(replace(layer, key_SHE=layer.key_SHE.to(dtype),
-                                                   value_SHE=layer.value_SHE.to(dtype)) for layer in state.layers))
+        return _with_layers_in(state, getattr(torch, self.config.cache_dtype))
 
 
-def _widened(state: UserState) -> UserState:
-    return replace(state, layers=tuple(LayerCache(layer.key_SHE.float(), layer.value_SHE.float(), layer.length_B)
-                                       for layer in state.layers))
+def _with_layers_in(state: UserState, dtype: torch.dtype) -> UserState:
+    return replace(state, layers=map_state(state.layers, lambda tensor: tensor.to(dtype)
+                                           if tensor.is_floating_point() else tensor))
 
 
 def _without_candidates(batch: RequestBatch) -> RequestBatch:
