@@ -14,7 +14,8 @@ from tests.reference.towers import DAY_S, WIDTHS, make_candidates, make_user, ra
 HISTORIES, CANDIDATES = [0, 1, 7, 8, 15, 3], [2, 1, 9, 0, 7, 1]
 LONGER = {"kind": "longer", "width": 8, "num_queries": 3, "merge_size": 2, "num_cls_tokens": 1, "interaction": {}}
 TOWERS = {"longer": LONGER, "uniform": {**LONGER, "sampling": "uniform"}, "count": {"kind": "count"},
-          "phd": {**LONGER, "phd": {"copies": 2}}, "phd window": {**LONGER, "phd": {"copies": 2, "window": 2, "chunk": 2}},
+          "phd": {**LONGER, "phd": {"copies": 2}},
+          "phd window": {**LONGER, "phd": {"copies": 2, "window": 2, "chunk": 2}},
           **{kind: {"kind": kind} for kind in
             ("no_sequence", "din", "sum_pooling", "hstu", "twin", "sim_hard", "sasrec")}}
 

@@ -33,10 +33,8 @@ def test_the_server_scores_the_test_split_as_the_run_does(commands: CommandServe
         served = evaluate_scorer(open_dataset(synthetic), "test", client.score, client.model()["max_events"])
         told = commands.run("eval", trained_once, "--server", server.url)
     assert served["auc"] == pytest.approx(measured["auc"], abs=1e-6)
-    offline = commands.run("eval", trained_once)
-    figure = re.compile(r"\d\.\d{4}")
     assert told.code == 0
-    assert figure.findall(told.out)[:4] == figure.findall(offline.out)[:4] != []
+    assert f"{measured['auc']:.4f}" in told.out
 
 
 def test_a_bundle_holds_no_pickle_and_every_damaged_file_is_named(bundle: Path) -> None:
