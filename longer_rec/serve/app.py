@@ -244,8 +244,8 @@ def create_app(server: Server, started: Callable[[], None] = lambda: None) -> fa
             raise Overloaded("the server is closing; ask another one")
         return _reply(request, {"status": "ready"})
 
-    for kind, handle in ((LongerRecError, _explain), (HTTPException, _explain), (RequestValidationError, _explain)):
-        app.add_exception_handler(kind, handle)
+    for kind in (LongerRecError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _explain)
     app.add_middleware(Guard, server=server)
     return app
 
@@ -273,8 +273,10 @@ async def _explain(request: fastapi.Request, error: Exception) -> fastapi.Respon
     elif isinstance(error, Overloaded):
         status, message = (503 if "closing" in str(error) else 429), str(error)
         headers["Retry-After"] = "1"
-    else:
+    elif isinstance(error, LongerRecError):
         status, message = (504 if isinstance(error, DeadlinePassed) else 422), str(error)
+    else:  # ours to mend; starlette hands it on to the log
+        status, message = 500, "the server failed at this request; its log says more"
     reply = _reply(request, {"error": message})
     reply.status_code = status
     reply.headers.update(headers)
@@ -332,7 +334,8 @@ def serve(path: Path, config: ServeConfig, announce: Callable[[str], None] = pri
     tokens = read_tokens(config.host, os.environ)
     server = Server(path, config, tokens)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
+    # asyncio switches Nagle's algorithm off for sockets that name TCP alone; with it each answer takes 40 ms more.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((config.host, config.port))
