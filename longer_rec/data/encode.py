@@ -105,7 +105,7 @@ def as_numbers(raw: pl.Series, what: str) -> np.ndarray[Any, np.dtype[np.float64
     """Float64 values with NaN for null; ``DataError`` for what is no number."""
     if not (raw.dtype.is_numeric() or raw.dtype in (pl.Boolean, pl.Null)):
         raise DataError(f"{what}: numbers are needed, these are {raw.dtype}; convert the column")
-    return raw.cast(pl.Float64).fill_null(float("nan")).to_numpy()
+    return raw.cast(pl.Float64).to_numpy()
 
 
 def as_lists(raw: pl.Series, separator: str, what: str) -> pl.Series:
