@@ -60,11 +60,6 @@ def finish_tree(roots: Mapping[Node, Tensor], num_workers: int) -> Tensor:
     return total((num_workers - 1).bit_length(), 0)
 
 
-def tree_sum_ref(vectors: list[Tensor]) -> Tensor:
-    """The same sum with every worker's vector in one place."""
-    return finish_tree({(0, worker): vector for worker, vector in enumerate(vectors)}, len(vectors))
-
-
 def tree_all_reduce(stack: SubtreeStack, assignment: Sequence[range]) -> Tensor:
     """The sum over the W workers of all processes, bitwise the same on each of them and for every assignment.
 

@@ -38,31 +38,6 @@ def join(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Ten
     return weight[0] * left[0] + weight[1] * right[0], log_sums.logsumexp(0)
 
 
-def attend_ref(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, query_length_B: Tensor, key_length_B: Tensor,
-               causal: bool, position_Q: Tensor | None = None, first_Q: Tensor | None = None
-               ) -> tuple[Tensor, Tensor]:
-    """Twin of ``plan_attention`` and ``attend``: one request at a time, an explicit mask, no shortcut."""
-    outputs, sums, first = [], [], 0
-    queries = query_QHE.split(query_length_B.tolist())
-    lengths = key_length_B.tolist()
-    for query, key, value in zip(queries, key_SHE.split(lengths), value_SHE.split(lengths), strict=True):
-        num_queries, num_keys = query.shape[0], key.shape[0]
-        score_HQS = torch.einsum("qhe,she->hqs", query, key) / math.sqrt(query.shape[-1])
-        seen_QS = torch.ones(num_queries, num_keys, dtype=torch.bool, device=score_HQS.device)
-        if position_Q is not None:
-            own = slice(first, first + num_queries)
-            key_S, first = torch.arange(num_keys, device=seen_QS.device), own.stop
-            seen_QS = key_S <= position_Q[own, None]
-            if first_Q is not None:
-                seen_QS &= key_S >= first_Q[own, None]
-        elif causal:
-            seen_QS = seen_QS.tril(num_keys - num_queries)
-        score_HQS = score_HQS.masked_fill(~seen_QS, -math.inf)
-        outputs.append(torch.einsum("hqs,she->qhe", score_HQS.softmax(-1), value))
-        sums.append(score_HQS.logsumexp(-1).T)
-    return torch.cat(outputs), torch.cat(sums)
-
-
 class _Attention(torch.autograd.Function):
     """``attend`` group by group in the padded layout; one autograd node whatever the number of groups."""
 

@@ -1,4 +1,4 @@
-"""Floating-point operations: the paper's formulas, and the exact matmuls of our tower.
+"""Floating-point operations of our tower: its exact matmuls, from lengths alone.
 
 A multiply and an add count as two. ``tower_flops`` counts what ``torch.utils.flop_counter`` counts, matmuls alone,
 for one forward pass; backward does twice that. Padding within attention groups is not in it.
@@ -10,26 +10,6 @@ from dataclasses import astuple, dataclass
 from longer_rec.model.inputs import InputWidths
 from longer_rec.model.interaction import num_statistics
 from longer_rec.model.longer import TowerConfig
-
-
-def encoder_layer_flops(num_tokens: int, width: int) -> int:
-    """24 L d^2 + 4 L^2 d: one encoder layer over a sequence (paper, section on token merge)."""
-    return 24 * num_tokens * width**2 + 4 * num_tokens**2 * width
-
-
-def encoder_layer_parameters(width: int) -> int:
-    """12 d^2 + 13 d, biases and two norms included."""
-    return 12 * width**2 + 13 * width
-
-
-def merged_layer_flops(num_tokens: int, width: int, merge_size: int) -> float:
-    """24 L K d^2 + 4 L^2 d / K: the same layer after merging K tokens into one."""
-    return 24 * num_tokens * merge_size * width**2 + 4 * num_tokens**2 * width / merge_size
-
-
-def merged_layer_parameters(width: int, merge_size: int) -> int:
-    """12 K^2 d^2 + 13 K d."""
-    return encoder_layer_parameters(merge_size * width)
 
 
 @dataclass(frozen=True)

@@ -61,25 +61,6 @@ class TokenMerge(nn.Module):
         return group_MKD.flatten(1), merged_length_B
 
 
-def merge_ref(merge: TokenMerge, event_TD: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Twin of ``TokenMerge.forward``: loops over requests and groups; a group never sees its padding."""
-    K, D = merge.merge_size, merge.width
-    merged, lengths = [], []
-    for event_LD in event_TD.split(length_B.tolist()):
-        first = event_LD.shape[0] % K
-        groups = ([event_LD[:first]] if first else []) + list(event_LD[first:].split(K))
-        groups = [group for group in groups if group.shape[0]]
-        for group in groups:
-            if merge.inner is not None:
-                every = torch.ones(1, group.shape[0], dtype=torch.bool)
-                group = group + merge.inner(group.unsqueeze(0), every).squeeze(0)
-            padding = group.new_zeros(K - group.shape[0], D)
-            merged.append(torch.cat([padding, group]).flatten())
-        lengths.append(len(groups))
-    merged_MX = torch.stack(merged) if merged else event_TD.new_zeros(0, K * D)
-    return merged_MX, torch.tensor(lengths)
-
-
 class InnerTrans(nn.Module):
     """Pre-norm transformer layers over the slots of a group, then a projection that starts at zero."""
 

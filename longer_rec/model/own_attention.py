@@ -48,18 +48,6 @@ def merge_own(output_QHE: Tensor, log_sum_QH: Tensor, query_CGHE: Tensor, key_CG
                            mask.seen)
 
 
-def merge_own_ref(output_QHE: Tensor, log_sum_QH: Tensor, query_CGHE: Tensor, key_CGHE: Tensor, value_CGHE: Tensor,
-                  mask: OwnMask) -> Tensor:
-    """Twin of ``merge_own``."""
-    C, G, H, E = query_CGHE.shape
-    score = torch.einsum("cghe,cfhe->cghf", query_CGHE, key_CGHE) / math.sqrt(E)
-    unseen = torch.tensor([[row not in rows for row in range(key_CGHE.shape[1])] for rows in mask.seen])
-    score = score.masked_fill(unseen.unsqueeze(1).to(score.device), -math.inf)
-    weight = torch.cat([log_sum_QH.view(C, G, H, 1), score], dim=-1).softmax(-1)
-    own_CGHE = torch.einsum("cghf,cfhe->cghe", weight[..., 1:], value_CGHE)
-    return weight[..., :1] * output_QHE.view(C, G, H, E) + own_CGHE
-
-
 class _MergeOwn(torch.autograd.Function):
     """``merge_own`` in elementwise products: as batched matmuls of G x G it took four times as long (C = 2000)."""
 

@@ -95,12 +95,6 @@ class HiddenCopies(nn.Module):
             before_U + copy_U, newest_rows(held_B * P, window_B, num_window), window_B)
 
 
-def phd_pairs(num_tokens: int, copies: int) -> int:
-    """Pairs of query and key under the mask of parallel hidden decoding, over t tokens of R copies."""
-    t, R = num_tokens, copies
-    return t * (t + 1) // 2 + (R - 1) * t * (t - 1) // 2 + t * (R * (R + 1) // 2 - 1)
-
-
 def check_phd(config: PHDConfig, sampling: Sampling, num_queries: int, largest: int) -> None:
     """Refuse windows and chunks that cannot be; ``largest``: merged tokens of the longest history."""
     copies, window, chunk = config.copies, config.window, config.chunk

@@ -7,9 +7,9 @@ import torch
 
 from longer_rec.model.attention_profile import attention_mass
 from longer_rec.model.longer import LongerTower, TowerConfig
-from longer_rec.model.merge import merge_ref
 from longer_rec.model.recompute import apply_recompute
 from tests.reference import longer as reference
+from tests.reference.attention import merge_ref
 from tests.reference.longer import one_candidate, one_request
 from tests.reference.towers import DAY_S, WIDTHS, make_candidates, make_user, randomise
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from longer_rec.model import attention_plan
-from longer_rec.model.attention import attend, attend_ref, join
+from longer_rec.model.attention import attend, join
 from longer_rec.model.attention_plan import plan_attention
-from longer_rec.model.own_attention import OwnMask, merge_own, merge_own_ref, own_mask
+from longer_rec.model.own_attention import OwnMask, merge_own, own_mask
+from tests.reference.attention import attend_ref, merge_own_ref
 from tests.reference.longer import sees
 
 # Keys and queries of each request: none of either, one, equal, few of many, many of few.

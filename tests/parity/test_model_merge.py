@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from longer_rec.model.merge import InnerTransConfig, TokenMerge, merge_ref
+from longer_rec.model.merge import InnerTransConfig, TokenMerge
+from tests.reference.attention import merge_ref
 from tests.reference.towers import randomise
 
 LENGTHS = torch.tensor([0, 1, 7, 8, 4, 0, 3])

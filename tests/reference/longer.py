@@ -14,9 +14,9 @@ from longer_rec.model.inputs import CandidateSide, UserSide
 from longer_rec.model.interaction import Interaction, describe
 from longer_rec.model.layers import CausalLayer
 from longer_rec.model.longer import LongerTower
-from longer_rec.model.merge import merge_ref
 from longer_rec.model.norms import NormPlace
 from longer_rec.model.phd import PHDConfig
+from tests.reference.attention import merge_ref
 
 
 def tower_ref(tower: LongerTower, user: UserSide, candidates: CandidateSide) -> Tensor:

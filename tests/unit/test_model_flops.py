@@ -6,17 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from longer_rec.model.flops import (
-    encoder_layer_flops,
-    encoder_layer_parameters,
-    merged_layer_flops,
-    merged_layer_parameters,
-    tower_flops,
-)
+from longer_rec.model.flops import tower_flops
 from longer_rec.model.layers import CausalLayer
 from longer_rec.model.norms import layer_norms
 from longer_rec.model.own_attention import own_mask
-from longer_rec.model.phd import phd_pairs
 from longer_rec.model.sampling import Queries
 from longer_rec.model.tower import TowerConfig, build_tower
 from tests.reference.longer import sees
@@ -26,42 +19,32 @@ from tests.reference.towers import WIDTHS, make_candidates, make_user
 HISTORIES, CANDIDATES, MAX_EVENTS = [64, 64, 70], [9, 9, 9], 64
 
 
-def test_formulas_give_the_papers_figures() -> None:
-    assert encoder_layer_flops(2048, 32) == pytest.approx(587e6, rel=0.001)
-    assert merged_layer_flops(2048, 32, 4) == pytest.approx(336e6, rel=0.002)
-    assert merged_layer_flops(2048, 32, 8) == pytest.approx(470e6, rel=0.001)
-    assert merged_layer_flops(2048, 32, 4) / encoder_layer_flops(2048, 32) == pytest.approx(1 - 0.428, abs=0.001)
-    assert merged_layer_flops(2048, 32, 1) == encoder_layer_flops(2048, 32)
-    assert merged_layer_parameters(32, 4) == 12 * 16 * 32**2 + 13 * 4 * 32
-
-
-@pytest.mark.parametrize(("merge_size", "saving"), [(1, 0.0), (4, 0.428), (8, 0.20)])
-def test_merging_saves_what_the_formula_says_in_our_own_layer(merge_size: int, saving: float) -> None:
-    """Every token a query, L = 2048, d = 32: the paper's encoder layer, counted by torch."""
+@pytest.mark.parametrize(("merge_size", "papers"), [(1, 587e6), (4, 336e6), (8, 470e6)])
+def test_our_layer_costs_what_the_paper_says_of_its_own(merge_size: int, papers: float) -> None:
+    """Every token a query, L = 2048, d = 32, counted by torch: 24 L K d^2 + 4 L^2 d / K (section on token merge)."""
     num_tokens, width = 2048 // merge_size, 32 * merge_size
     layer = CausalLayer(width, merge_size, 4, 0.0, "layer", 0.0, layer_norms("pre", 0))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         length_B = torch.tensor([num_tokens])
         layer.encode(torch.randn(num_tokens, width), length_B, Queries(length_B))
-    measured = counter.get_total_flops()
-    assert measured == pytest.approx(merged_layer_flops(2048, 32, merge_size), rel=0.01)
-    assert 1 - measured / encoder_layer_flops(2048, 32) == pytest.approx(saving, abs=0.001)
+    formula = 24 * 2048 * merge_size * 32**2 + 4 * 2048**2 * 32 / merge_size
+    assert counter.get_total_flops() == pytest.approx(formula, rel=0.01)
+    assert formula == pytest.approx(papers, rel=0.002)
 
 
 def test_pairs_of_parallel_hidden_decoding_are_those_of_its_mask() -> None:
-    for num_tokens, copies, wanted in ((6, 3, 81), (6, 1, 21), (1, 4, 10), (9, 2, None)):
-        pairs = [(place, copy) for place in range(num_tokens) for copy in range(1, copies + 1)]
-        seen = sum(sees(query, key, [], 0) for query in pairs for key in pairs)
-        assert phd_pairs(num_tokens, copies) == seen == (wanted or seen)
-        assert sum(len(rows) for rows in own_mask(num_tokens, copies).seen) == seen
-    # A plain causal mask over all t R tokens.
-    assert phd_pairs(6 * 3, 1) == 171
+    for t, R, wanted in ((6, 3, 81), (6, 1, 21), (1, 4, 10), (9, 2, 99), (6 * 3, 1, 171)):
+        pairs = [(place, copy) for place in range(t) for copy in range(1, R + 1)]
+        assert sum(sees(query, key, [], 0) for query in pairs for key in pairs) == wanted
+        assert sum(len(rows) for rows in own_mask(t, R).seen) == wanted
+        assert t * (t + 1) // 2 + (R - 1) * t * (t - 1) // 2 + t * (R * (R + 1) // 2 - 1) == wanted  # docs/phd.md
 
 
-def test_parameter_formula_equals_our_layer_up_to_its_biases() -> None:
-    # Ours has no bias on q, k, v and the output projection, 4 d fewer, and a gain on own values, d more.
+def test_our_layer_has_as_many_parameters_as_the_papers_up_to_its_biases() -> None:
+    # The paper's: 12 d^2 + 13 d, biases and two norms included. Ours has no bias on q, k, v and the output projection,
+    # 4 d fewer, and a gain on own values, d more.
     layer = CausalLayer(32, 2, 4, 0.0, "layer", 2.0, layer_norms("pre", 0))
-    assert sum(each.numel() for each in layer.parameters()) == encoder_layer_parameters(32) - 3 * 32
+    assert sum(each.numel() for each in layer.parameters()) == 12 * 32**2 + (13 - 3) * 32
 
 
 CONFIGS = {
