@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from longer_rec.model.inputs import InputWidths
-from longer_rec.model.interaction import num_statistics
 from longer_rec.model.longer import TowerConfig
 
 
@@ -31,7 +30,7 @@ class TowerFlops:
 def tower_flops(config: TowerConfig, widths: InputWidths, num_tasks: int, history_lengths: Sequence[int],
                 candidate_counts: Sequence[int]) -> TowerFlops:
     """FLOPs of scoring a batch of requests, from its lengths alone (histories as cut to the tower's L)."""
-    K, D, X, G = config.merge_size, config.width, config.merged_width, config.num_candidate_tokens
+    K, D, X = config.merge_size, config.width, config.merged_width
     B, T, C = len(history_lengths), sum(history_lengths), sum(candidate_counts)
     merged = [-(-length // K) for length in history_lengths]
     item, event = sum(widths.item.values()), sum(widths.event.values()) + config.age_width
@@ -50,15 +49,10 @@ def tower_flops(config: TowerConfig, widths: InputWidths, num_tasks: int, histor
     layers = [_layer_flops(config, keys, queries, candidate_counts, depth)
               + _hidden_flops(config, keys, copied, candidate_counts, depth)
               for depth, (keys, queries) in enumerate(layer_rows(config, history_lengths))]
-    interaction, interaction_width = _interaction_flops(config, widths, C)
-    has_ids = config.head.id_scale > 0
-    candidate_in = G * X + has_ids * item + widths.num_item_dense
-    if config.interaction is not None and config.interaction.to_head:
-        candidate_in += interaction_width
-    user_in = (config.num_read_globals + config.reads_sequence) * X + has_ids * user + widths.num_dense
+    candidate_in, user_in = config.head_widths(widths)
     chain = [*config.head.hidden, num_tasks]
     head = 2 * C * (candidate_in * chain[0] + _chain(chain)) + 2 * B * user_in * chain[0]
-    return TowerFlops(inputs, merge, interaction, layers[0], sum(layers[1:]), head)
+    return TowerFlops(inputs, merge, _interaction_flops(config, widths, C), layers[0], sum(layers[1:]), head)
 
 
 def sampled_rows(config: TowerConfig, history_lengths: Sequence[int]) -> list[int]:
@@ -117,16 +111,14 @@ def _hidden_flops(config: TowerConfig, keys: Sequence[int], hidden: Sequence[int
     return seen + linear + 4 * X * sum(rows * (key + rows) for rows, key in zip(hidden, keys, strict=True))
 
 
-def _interaction_flops(config: TowerConfig, widths: InputWidths, num_candidates: int) -> tuple[int, int]:
+def _interaction_flops(config: TowerConfig, widths: InputWidths, num_candidates: int) -> int:
     interaction = config.interaction
     if interaction is None:
-        return 0, 0
-    fields = interaction.fields or tuple(widths.item)
-    context = sum(widths.item[name] for name in interaction.context) + widths.num_item_dense
-    chain = [num_statistics(interaction, len(fields)) + context, *interaction.hidden]
+        return 0
+    chain = [interaction.input_width(widths), *interaction.hidden]
     if interaction.placement != "none":
         chain.append(config.merged_width)
-    return 2 * num_candidates * _chain(chain), interaction.hidden[-1]
+    return 2 * num_candidates * _chain(chain)
 
 
 def _chain(widths: Sequence[int]) -> int:

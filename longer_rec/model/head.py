@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longer_rec.config import Config
-from longer_rec.model.inputs import concat_features
+from longer_rec.model.inputs import InputWidths, concat_features
 
 
 class HeadConfig(Config):
@@ -17,6 +17,12 @@ class HeadConfig(Config):
     dropout: float = pydantic.Field(0.0, ge=0.0, lt=1.0)
     id_scale: float = pydantic.Field(0.1, ge=0.0)
     prior: float = pydantic.Field(0.2, gt=0.0, lt=1.0, description="share of positives the untrained head predicts")
+
+    def raw_widths(self, widths: InputWidths) -> tuple[int, int]:
+        """Of raw embeddings and dense features, which join a tower's outputs: a candidate's and a user's."""
+        has_ids = self.id_scale > 0
+        return (has_ids * sum(widths.item.values()) + widths.num_item_dense,
+                has_ids * sum(widths.user.values()) + widths.num_dense)
 
 
 class Head(nn.Module):

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longer_rec.config import Config
-from longer_rec.model.inputs import CandidateSide, UserSide
+from longer_rec.errors import ConfigError
+from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
 from longer_rec.model.jagged import position_from_newest, request_of, start_of
 from longer_rec.model.state import MatchRuns
 
@@ -37,6 +38,16 @@ class InteractionConfig(Config):
     placement: Literal["token", "added", "none"] = pydantic.Field(
         "token", description="a global token of its own, added to the candidate's token (half the work), or neither")
     to_head: bool = pydantic.Field(True, description="straight into the head as well")
+
+    @property
+    def width(self) -> int:
+        """Of what ``Interaction`` gives."""
+        return self.hidden[-1]
+
+    def input_width(self, widths: InputWidths) -> int:
+        """Of what its MLP reads: statistics, the context's embeddings, dense features."""
+        context = sum(widths.item[name] for name in self.context) + widths.num_item_dense
+        return num_statistics(self, len(self.fields or widths.item)) + context
 
 
 def num_statistics(config: InteractionConfig, num_fields: int) -> int:
@@ -149,10 +160,10 @@ USER_SCALE = (1.0, 1.0, 0.5, 1.0)
 class Interaction(nn.Module):
     """Statistics, the context's embeddings and the dense features -> MLP, C x its last hidden width."""
 
-    def __init__(self, config: InteractionConfig, fields: tuple[str, ...], context_width: int) -> None:
+    def __init__(self, config: InteractionConfig, fields: tuple[str, ...], input_width: int) -> None:
         super().__init__()
         self.config, self.fields = config, fields
-        widths = (num_statistics(config, len(fields)) + context_width, *config.hidden)
+        widths = (input_width, *config.hidden)
         self.linears = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
 
     @property
@@ -178,6 +189,16 @@ class Interaction(nn.Module):
             hidden = F.dropout(hidden, self.config.dropout, self.training) if i else hidden
             hidden = F.silu(linear(hidden))
         return hidden
+
+
+def build_interaction(config: InteractionConfig | None, widths: InputWidths) -> Interaction | None:
+    """The module of a configuration, if there is one; ``ConfigError`` for a feature that items do not have."""
+    if config is None:
+        return None
+    for name in (*config.fields, *config.context):
+        if name not in widths.item:
+            raise ConfigError(f"model.interaction names the item feature {name!r}; known are {', '.join(widths.item)}")
+    return Interaction(config, config.fields or tuple(widths.item), config.input_width(widths))
 
 
 def _like(tensor: Tensor, values: tuple[float, ...]) -> Tensor:

@@ -17,7 +17,7 @@ from longer_rec.config import Config
 from longer_rec.errors import ConfigError
 from longer_rec.model.head import Head, HeadConfig, scaled_inputs
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, keep_newest
-from longer_rec.model.interaction import Interaction, InteractionConfig
+from longer_rec.model.interaction import InteractionConfig, build_interaction
 from longer_rec.model.jagged import request_of, rows_after
 from longer_rec.model.layers import CausalLayer
 from longer_rec.model.merge import InnerTransConfig, TokenMerge
@@ -99,6 +99,14 @@ class TowerConfig(Config):
     def reads_sequence(self) -> bool:
         return self.pooling == "globals+mean"
 
+    def head_widths(self, widths: InputWidths) -> tuple[int, int]:
+        """Of all that the head reads, of a candidate and of a user."""
+        candidate, user = self.head.raw_widths(widths)
+        if self.interaction is not None and self.interaction.to_head:
+            candidate += self.interaction.width
+        return (candidate + self.num_candidate_tokens * self.merged_width,
+                user + (self.num_read_globals + self.reads_sequence) * self.merged_width)
+
 
 class LongerTower(nn.Module):
     """``encode`` a user once, ``score`` any number of candidates against it."""
@@ -121,16 +129,10 @@ class LongerTower(nn.Module):
             for depth in range(1 + config.num_self_layers))
         self.copies = HiddenCopies(config.phd or PHDConfig(copies=1), X)
         self.final_norm = build_norm(config.norm_kind, X)
-        self.interaction, interaction_width = build_interaction(config.interaction, widths)
+        self.interaction = build_interaction(config.interaction, widths)
         if config.interaction is not None and config.interaction.placement != "none":
-            self.interaction_token = nn.Linear(interaction_width, X)
-        has_ids = config.head.id_scale > 0
-        candidate_width = config.num_candidate_tokens * X + has_ids * sum(widths.item.values()) + widths.num_item_dense
-        if config.interaction is not None and config.interaction.to_head:
-            candidate_width += interaction_width
-        user_width = (config.num_read_globals + config.reads_sequence) * X
-        user_width += has_ids * sum(widths.user.values()) + widths.num_dense
-        self.head = Head(config.head, candidate_width, user_width, num_tasks)
+            self.interaction_token = nn.Linear(config.interaction.width, X)
+        self.head = Head(config.head, *config.head_widths(widths), num_tasks)
 
     @property
     def causal_layers(self) -> list[CausalLayer]:
@@ -235,18 +237,6 @@ def append_globals(merged_MX: Tensor, length_B: Tensor, global_BGX: Tensor) -> T
     global_rows = global_BGX.flatten(0, 1)
     joined = merged_MX.new_zeros(merged_MX.shape[0] + global_rows.shape[0], merged_MX.shape[1])
     return joined.index_copy(0, merged_row, merged_MX).index_copy(0, global_row, global_rows.to(joined.dtype))
-
-
-def build_interaction(config: InteractionConfig | None, widths: InputWidths) -> tuple[Interaction | None, int]:
-    """The interaction module and its output width (0 without one)."""
-    if config is None:
-        return None, 0
-    for name in (*config.fields, *config.context):
-        if name not in widths.item:
-            raise ConfigError(f"model.interaction names the item feature {name!r}; known are {', '.join(widths.item)}")
-    fields = config.fields or tuple(widths.item)
-    context_width = sum(widths.item[name] for name in config.context) + widths.num_item_dense
-    return Interaction(config, fields, context_width), config.hidden[-1]
 
 
 def _check(config: TowerConfig, widths: InputWidths, max_events: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from longer_rec.model.attention_plan import group_requests
 from longer_rec.model.flops import candidate_rows, hidden_rows, layer_rows
 from longer_rec.model.inputs import InputWidths
-from longer_rec.model.interaction import NUM_EXTREMES, num_statistics
+from longer_rec.model.interaction import NUM_EXTREMES
 from longer_rec.model.longer import TowerConfig
 from longer_rec.model.norms import LayerNorms, layer_norms
 from longer_rec.model.own_attention import own_mask
@@ -165,20 +165,12 @@ class _Counter:
         return rows * ((1 + norms.output) * _FULL * (X + 2) + self.value * (1 + 2 * self.config.ffn_multiple) * X)
 
     def _interaction(self) -> int:
-        interaction, widths = self.config.interaction, self.widths
+        interaction = self.config.interaction
         assert interaction is not None
-        context = sum(widths.item[name] for name in interaction.context) + widths.num_item_dense
-        statistics = num_statistics(interaction, len(interaction.fields or widths.item)) + context
-        return self.value * self.C * (statistics + 2 * sum(interaction.hidden))
+        return self.value * self.C * (interaction.input_width(self.widths) + 2 * sum(interaction.hidden))
 
     def _head_inputs(self) -> int:
-        config, widths, X = self.config, self.widths, self.config.merged_width
-        has_ids = config.head.id_scale > 0
-        candidate = config.num_candidate_tokens * X + has_ids * self.item + widths.num_item_dense
-        if config.interaction is not None and config.interaction.to_head:
-            candidate += config.interaction.hidden[-1]
-        user = (config.num_read_globals + config.reads_sequence) * X
-        user += has_ids * sum(widths.user.values()) + widths.num_dense
+        candidate, user = self.config.head_widths(self.widths)
         return self.value * (self.C * candidate + self.B * user)
 
     def _head(self) -> int:

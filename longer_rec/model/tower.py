@@ -1,9 +1,11 @@
 """Every ranker under one roof: configuration in, a module that encodes users and scores candidates out."""
 
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import pydantic
 
+from longer_rec.config import Config
 from longer_rec.errors import ConfigError
 from longer_rec.model.baselines.common import Baseline
 from longer_rec.model.baselines.count import CountConfig, CountTower
@@ -24,6 +26,10 @@ AnyTowerConfig = Annotated[
     pydantic.Field(discriminator="kind")]
 # Each has ``encode(UserSide) -> UserState`` and ``score(UserState, CandidateSide) -> C x Y``; nothing else is called.
 AnyTower = LongerTower | Baseline | CountTower
+_TOWERS: Mapping[type[Config], Callable[..., AnyTower]] = {
+    TowerConfig: LongerTower, TransformerConfig: LongerTower, NoSequenceConfig: NoSequenceTower,
+    CountConfig: CountTower, SumPoolingConfig: SumPoolingTower, DinConfig: DinTower, SimHardConfig: SimHardTower,
+    TwinConfig: TwinTower, HstuConfig: HstuTower, SasRecConfig: SasRecTower}
 
 
 def build_tower(config: AnyTowerConfig, widths: InputWidths, num_tasks: int, max_events: int) -> AnyTower:
@@ -35,22 +41,4 @@ def build_tower(config: AnyTowerConfig, widths: InputWidths, num_tasks: int, max
         raise ConfigError(f"max_events={max_events} must be at least 1; a history of no event is the no_sequence tower")
     if num_tasks < 1:
         raise ConfigError(f"num_tasks={num_tasks} must be at least 1; name a task in the schema")
-    match config:
-        case TowerConfig():
-            return LongerTower(config, widths, num_tasks, max_events)
-        case NoSequenceConfig():
-            return NoSequenceTower(config, widths, num_tasks, max_events)
-        case CountConfig():
-            return CountTower(config, widths, num_tasks, max_events)
-        case SumPoolingConfig():
-            return SumPoolingTower(config, widths, num_tasks, max_events)
-        case DinConfig():
-            return DinTower(config, widths, num_tasks, max_events)
-        case SimHardConfig():
-            return SimHardTower(config, widths, num_tasks, max_events)
-        case TwinConfig():
-            return TwinTower(config, widths, num_tasks, max_events)
-        case HstuConfig():
-            return HstuTower(config, widths, num_tasks, max_events)
-        case SasRecConfig():
-            return SasRecTower(config, widths, num_tasks, max_events)
+    return _TOWERS[type(config)](config, widths, num_tasks, max_events)

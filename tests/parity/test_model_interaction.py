@@ -25,7 +25,7 @@ CONFIG = InteractionConfig(windows=(2, 5, 1000))
                                                    ([4, 4], [0, 2])])
 def test_statistics_equal_reference(histories: list[int], counts: list[int]) -> None:
     user, candidates = make_user(histories), make_candidates(counts)
-    module = Interaction(CONFIG, FIELDS, 0)
+    module = Interaction(CONFIG, FIELDS, num_statistics(CONFIG, len(FIELDS)))
     runs = group_matches(CONFIG, FIELDS, user, torch.float64)
     given = matched_rows(FIELDS, runs, candidates)
     row = 0

@@ -14,9 +14,8 @@ from longer_rec.config import Config
 from longer_rec.errors import ConfigError
 from longer_rec.model.head import Head, HeadConfig, scaled_inputs
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, keep_newest
-from longer_rec.model.interaction import InteractionConfig
+from longer_rec.model.interaction import InteractionConfig, build_interaction
 from longer_rec.model.jagged import request_of
-from longer_rec.model.longer import build_interaction
 from longer_rec.model.state import LayerCache, UserState
 from longer_rec.model.tokens import EventTokens
 
@@ -50,11 +49,11 @@ class Baseline(nn.Module):
                               "or model.interaction to null")
         self.item_names, self.user_names = tuple(widths.item), tuple(widths.user)
         self.scale, self.max_events = config.head.id_scale, max_events
-        self.interaction, interaction_width = build_interaction(config.interaction, widths)
-        has_ids = self.scale > 0
-        candidate_width += has_ids * sum(widths.item.values()) + widths.num_item_dense + interaction_width
-        user_width += has_ids * sum(widths.user.values()) + widths.num_dense
-        self.head = Head(config.head, candidate_width, user_width, num_tasks)
+        self.interaction = build_interaction(config.interaction, widths)
+        raw_candidate, raw_user = config.head.raw_widths(widths)
+        if config.interaction is not None:
+            raw_candidate += config.interaction.width
+        self.head = Head(config.head, candidate_width + raw_candidate, user_width + raw_user, num_tasks)
 
     def read(self, user: UserSide) -> UserState:
         """What the candidates need of a user's events; ``head_BF`` are inputs of the head here, for ``encode`` to go on
@@ -84,10 +83,14 @@ class Baseline(nn.Module):
         return self.head(torch.cat(parts, dim=1), state.head_BF, request_C)
 
 
-def build_tokens(config: SequenceConfig, widths: InputWidths, max_events: int) -> EventTokens:
-    """The projection of events and candidates, one token an event."""
-    return EventTokens(widths, config.width, 1, config.projection_hidden, max_events, config.age_buckets,
-                       config.age_width)
+class SequenceTower(Baseline):
+    """Its events and candidates go through one projection, one token an event."""
+
+    def __init__(self, config: SequenceConfig, widths: InputWidths, num_tasks: int, max_events: int,
+                 candidate_width: int, user_width: int = 0) -> None:
+        super().__init__(config, widths, num_tasks, max_events, candidate_width, user_width)
+        self.tokens = EventTokens(widths, config.width, 1, config.projection_hidden, max_events, config.age_buckets,
+                                  config.age_width)
 
 
 def check_heads(num_heads: int, width: int) -> None:

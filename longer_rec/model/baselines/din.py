@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longer_rec.model.baselines.common import Baseline, SequenceConfig, build_tokens, nothing
+from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, nothing
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, keep_newest
 from longer_rec.model.state import LayerCache, UserState
 
@@ -25,14 +25,13 @@ class DinConfig(SequenceConfig):
     normalisation: Literal["none", "softmax"] = "none"
 
 
-class DinTower(Baseline):
+class DinTower(SequenceTower):
     """The activation unit is evaluated for every pair of a candidate and an event of its request."""
 
     def __init__(self, config: DinConfig, widths: InputWidths, num_tasks: int, max_events: int) -> None:
         super().__init__(config, widths, num_tasks, max_events, 2 * config.width)
         self.num_recent = min(config.num_recent or max_events, max_events)
         self.normalisation = config.normalisation
-        self.tokens = build_tokens(config, widths, max_events)
         self.norm = nn.LayerNorm(config.width)
         self.activation = ActivationUnit(config.width, config.activation_hidden)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longer_rec.model.baselines.common import Baseline, SequenceConfig, build_tokens, check_heads, nothing
+from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, check_heads, nothing
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
 from longer_rec.model.jagged import position_from_newest
 from longer_rec.model.state import LayerCache, UserState
@@ -31,13 +31,12 @@ class HstuConfig(SequenceConfig):
     matcher_gamma: float = pydantic.Field(3.0, ge=0.0, description="W_q, W_k start as this times I; 0: random start")
 
 
-class HstuTower(Baseline):
+class HstuTower(SequenceTower):
     """Every event goes through every layer but the last, of which the candidates read keys and values alone."""
 
     def __init__(self, config: HstuConfig, widths: InputWidths, num_tasks: int, max_events: int) -> None:
         super().__init__(config, widths, num_tasks, max_events, config.width)
         check_heads(config.num_heads, config.width)
-        self.tokens = build_tokens(config, widths, max_events)
         self.layers = nn.ModuleList(HstuLayer(config.width, config.num_heads, max_events, config.matcher_gamma)
                                     for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.width)

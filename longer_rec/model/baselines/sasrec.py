@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from longer_rec.model.baselines.common import (
-    Baseline,
     SequenceConfig,
-    build_tokens,
+    SequenceTower,
     check_heads,
     nothing,
     user_vectors,
@@ -37,13 +36,12 @@ class SasRecConfig(SequenceConfig):
     dropout: float = pydantic.Field(0.0, ge=0.0, lt=1.0)
 
 
-class SasRecTower(Baseline):
+class SasRecTower(SequenceTower):
     """One vector a user, 0 for an empty history."""
 
     def __init__(self, config: SasRecConfig, widths: InputWidths, num_tasks: int, max_events: int) -> None:
         super().__init__(config, widths, num_tasks, max_events, config.width)
         check_heads(config.num_heads, config.width)
-        self.tokens = build_tokens(config, widths, max_events)
         layers = [CausalLayer(config.width, config.num_heads, config.ffn_multiple, config.dropout, "layer", 0.0,
                               layer_norms("pre", depth)) for depth in range(config.num_layers)]
         for layer in layers:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longer_rec.errors import ConfigError
-from longer_rec.model.baselines.common import Baseline, SequenceConfig, build_tokens, check_heads, nothing
+from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, check_heads, nothing
 from longer_rec.model.baselines.target_attention import TargetAttention
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
 from longer_rec.model.state import UserState
@@ -27,7 +27,7 @@ class SimHardConfig(SequenceConfig):
     matcher_gamma: float = pydantic.Field(2.0, ge=0.0)
 
 
-class SimHardTower(Baseline):
+class SimHardTower(SequenceTower):
     """A candidate whose value is out of vocabulary (id 0) finds nothing."""
 
     def __init__(self, config: SimHardConfig, widths: InputWidths, num_tasks: int, max_events: int) -> None:
@@ -38,7 +38,6 @@ class SimHardTower(Baseline):
             raise ConfigError(f"model.search_feature={config.search_feature!r} is no item feature to search by; use "
                               f"one of {', '.join(widths.item)}")
         self.top_k = config.top_k
-        self.tokens = build_tokens(config, widths, max_events)
         self.norm = nn.LayerNorm(config.width)
         self.attention = TargetAttention(config.width, config.num_heads, config.matcher_gamma)
 

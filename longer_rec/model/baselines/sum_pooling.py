@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from longer_rec.model.baselines.common import Baseline, SequenceConfig, build_tokens, user_vectors, vector_of
+from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, user_vectors, vector_of
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
 from longer_rec.model.jagged import request_of
 from longer_rec.model.state import UserState
@@ -22,13 +22,12 @@ class SumPoolingConfig(SequenceConfig):
     pooling: Literal["sum", "mean"] = "sum"
 
 
-class SumPoolingTower(Baseline):
+class SumPoolingTower(SequenceTower):
     """One vector a user."""
 
     def __init__(self, config: SumPoolingConfig, widths: InputWidths, num_tasks: int, max_events: int) -> None:
         super().__init__(config, widths, num_tasks, max_events, 2 * config.width, config.width)
         self.pooling = config.pooling
-        self.tokens = build_tokens(config, widths, max_events)
 
     def read(self, user: UserSide) -> UserState:
         token_TD = self.tokens.events(user)

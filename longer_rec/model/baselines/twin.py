@@ -12,7 +12,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from longer_rec.model.baselines.common import Baseline, SequenceConfig, build_tokens, check_heads, nothing
+from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, check_heads, nothing
 from longer_rec.model.baselines.target_attention import TargetAttention
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, concat_features
 from longer_rec.model.state import UserState
@@ -28,14 +28,13 @@ class TwinConfig(SequenceConfig):
     matcher_gamma: float = pydantic.Field(2.0, ge=0.0)
 
 
-class TwinTower(Baseline):
+class TwinTower(SequenceTower):
     """Item features are the inherent ones; event features and the age are the cross ones."""
 
     def __init__(self, config: TwinConfig, widths: InputWidths, num_tasks: int, max_events: int) -> None:
         super().__init__(config, widths, num_tasks, max_events, 2 * config.width)
         check_heads(config.num_heads, config.width)
         self.top_k = config.top_k
-        self.tokens = build_tokens(config, widths, max_events)
         self.norm = nn.LayerNorm(config.width)
         self.inherent = nn.Linear(sum(widths.item.values()), config.width)
         self.inherent_norm = nn.LayerNorm(config.width)
