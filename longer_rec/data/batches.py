@@ -43,14 +43,12 @@ def make_batch(dataset: Dataset, rows: Any, *, max_events: int, epoch: Any = Non
         user_dense_BF=torch.zeros(len(row_B), 0), request_time_B=_tensor(request["time"]), request_row_B=_tensor(row_B))
 
 
-def request_costs(dataset: Dataset, rows: Any, *, max_events: int, candidate_cost: int) -> I64:
-    """Work of each request in events: those that a batch holds, and ``candidate_cost`` for each candidate."""
-    row_B = np.asarray(rows, np.int64)
-    length = dataset.requests.take("event_end", row_B) - dataset.user_start.take(
-        "start", dataset.requests.take("user", row_B))
-    num_candidates = dataset.requests.take("num_candidates", row_B).astype(np.int64)
-    num_candidates *= 1 + (dataset.config.candidates.per_positive or 0)
-    return np.minimum(length, max_events) + candidate_cost * num_candidates
+def request_sizes(dataset: Dataset, row_B: I64) -> tuple[I64, I64]:
+    """Of each request, the events before it (B) and its candidates, drawn negatives among them (B)."""
+    user_B = dataset.requests.take("user", row_B)
+    length_B = dataset.requests.take("event_end", row_B).astype(np.int64) - dataset.user_start.take("start", user_B)
+    num_candidates_B = dataset.requests.take("num_candidates", row_B).astype(np.int64)
+    return length_B, num_candidates_B * (1 + (dataset.config.candidates.per_positive or 0))
 
 
 def _ranges(start: I64, length: I64) -> I64:

@@ -10,7 +10,7 @@ import torch.utils.data
 
 from longer_rec.batch import RequestBatch, validate_batch
 from longer_rec.config import Config
-from longer_rec.data.batches import make_batch, request_costs
+from longer_rec.data.batches import make_batch, request_sizes
 from longer_rec.data.history import Dataset
 from longer_rec.data.order import I64, deal_evenly, sample_positions, sample_rows
 from longer_rec.data.transport import PackedBatches, pack_batches, unpack_batches
@@ -65,7 +65,8 @@ class TrainLoader:
         config = self._config
         if not config.balance or self._num_workers == 1:
             return np.split(np.arange(len(row)), self._num_workers)
-        cost = request_costs(self._dataset, row, max_events=config.max_events, candidate_cost=config.candidate_cost)
+        length, num_candidates = request_sizes(self._dataset, row)
+        cost = np.minimum(length, config.max_events) + config.candidate_cost * num_candidates
         return deal_evenly(cost, self._num_workers)
 
     def _make_worker(self, row: I64, epoch: I64 | int) -> RequestBatch:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from longer_rec.data.batches import request_sizes
 from longer_rec.data.history import Dataset
 from longer_rec.data.order import sample_positions, sample_rows
 from longer_rec.schema import Schema
@@ -35,13 +36,11 @@ def sample_workload(dataset: Dataset, batch_requests: int, max_events: int, seed
     train = dataset.split_rows("train")
     row = np.concatenate([sample_rows(sample_positions(step, batch_requests), len(train), seed)[0]
                           for step in batches]) + train.start
-    user = dataset.requests.take("user", row)
-    length = dataset.requests.take("event_end", row).astype(np.int64) - dataset.user_start.take("start", user)
-    count = dataset.requests.take("num_candidates", row).astype(np.int64)
-    count = count * (1 + (dataset.config.candidates.per_positive or 0))
+    length, count = request_sizes(dataset, row)
+    user = dataset.requests.take("user", row).astype(np.int64)
     user_ids = {}
     for name, column in dataset.users.items():
-        lengths = np.ones(1) if column.offsets is None else np.diff(column.offsets)[user.astype(np.int64)]
+        lengths = np.ones(1) if column.offsets is None else np.diff(column.offsets)[user]
         user_ids[f"users.{name}"] = float(lengths.mean())
     shape = (len(batches), batch_requests)
     return Workload(tuple(zip(np.minimum(length, max_events).reshape(shape).tolist(), count.reshape(shape).tolist(),

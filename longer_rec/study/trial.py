@@ -8,15 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from longer_rec.data.batches import make_batch
-from longer_rec.data.history import Dataset, open_dataset
-from longer_rec.data.loader import TrainLoader
-from longer_rec.elastic.assignment import resolve_num_workers
+from longer_rec.data.history import Dataset
 from longer_rec.job import Job
 from longer_rec.ranker import Ranker
-from longer_rec.runtime.distributed import joined_world
-from longer_rec.train.parallelize import parallelize
-from longer_rec.train.run import prepare_process
-from longer_rec.train.trainer import Trainer
+from longer_rec.train.run import unsaved_run
 
 _WARMUP_STEPS: Final = 8
 _COUNTED_REQUESTS: Final = 48
@@ -27,27 +22,22 @@ def run_trial(job: Job, evaluates: bool) -> dict[str, Any]:
 
     ``evaluates`` adds the metrics of ``train.eval_requests`` validation requests.
     """
-    prepare_process()
-    with joined_world(job.train.timeout_s) as world:
-        dataset = open_dataset(job.data.dir, verify=False)
-        num_workers = resolve_num_workers(job.elastic, world.size)
-        trainer = Trainer(job, dataset, world, parallelize(job, dataset, world), num_workers)
-        loader = TrainLoader(dataset, job.data, seed=job.seed, num_workers=num_workers, workers=trainer.workers,
-                             start_step=0, num_steps=trainer.num_steps)
+    with unsaved_run(job) as trainer:
+        device = trainer.world.device
         warmup = min(_WARMUP_STEPS, trainer.num_steps // 2)
         # Of the processor where there is no GPU: what else the machine does would be in the time of a wall clock.
-        clock = time.perf_counter if world.device.type == "cuda" else time.process_time
+        clock = time.perf_counter if device.type == "cuda" else time.process_time
         started = clock()
-        for batches in loader:
+        for batches in trainer.loader(trainer.num_steps):
             if trainer.step == warmup:
                 started = clock()
-            trainer.train_step([batch.to(world.device) for batch in batches])
+            trainer.train_step([batch.to(device) for batch in batches])
             trainer.step += 1
-        requests = (trainer.step - warmup) * num_workers * job.data.batch_requests
+        requests = (trainer.step - warmup) * trainer.num_workers * job.data.batch_requests
         elapsed = clock() - started
         metrics = trainer.evaluate("validation", job.train.eval_requests) if evaluates else {}
         ranker, plan = trainer.parallel.ranker, trainer.parallel.plan
-        return {**count_flops(ranker, dataset, job.data.max_events, world.device),
+        return {**count_flops(ranker, trainer.dataset, job.data.max_events, device),
                 "dense_parameters": sum(parameter.numel() for parameter in ranker.tower.parameters()),
                 "sparse_parameters": sum(table.rows * table.dim for table in plan.tables),
                 "requests_per_s": requests / elapsed if requests else None, "validation": metrics}

@@ -15,16 +15,12 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.profiler import ProfilerActivity, profile
 
 from longer_rec.batch import RequestBatch
-from longer_rec.data.history import open_dataset
-from longer_rec.data.loader import TrainLoader
-from longer_rec.elastic.assignment import resolve_num_workers
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job
-from longer_rec.runtime.distributed import gather, joined_world
+from longer_rec.runtime.distributed import gather
 from longer_rec.runtime.profiling import Measured
 from longer_rec.runtime.supervisor import supervise
-from longer_rec.train.parallelize import parallelize
-from longer_rec.train.run import prepare_process
+from longer_rec.train.run import unsaved_run
 from longer_rec.train.trainer import Trainer
 
 _WARMUP_STEPS = 2
@@ -42,15 +38,10 @@ def measure_job(job: Job, num_ranks: int, num_steps: int, folder: Path) -> Measu
 
 
 def _measure_rank(job: Job, num_steps: int, path: Path) -> None:
-    prepare_process()
-    with joined_world(job.train.timeout_s) as world:
-        dataset = open_dataset(job.data.dir, verify=False)
-        num_workers = resolve_num_workers(job.elastic, world.size)
-        trainer = Trainer(job, dataset, world, parallelize(job, dataset, world), num_workers)
+    with unsaved_run(job) as trainer:
         steps = _WARMUP_STEPS + num_steps + _PROFILED_STEPS
-        loader = TrainLoader(dataset, job.data, seed=job.seed, num_workers=num_workers, workers=trainer.workers,
-                             start_step=0, num_steps=steps)
-        batches = [[batch.to(world.device) for batch in loader.make_step(step)] for step in range(steps)]
+        loader = trainer.loader(steps)
+        batches = [[batch.to(trainer.world.device) for batch in loader.make_step(step)] for step in range(steps)]
         for step in range(_WARMUP_STEPS + num_steps):
             if step == _WARMUP_STEPS:
                 dist.barrier()
@@ -65,7 +56,7 @@ def _measure_rank(job: Job, num_steps: int, path: Path) -> None:
         own_bytes = _table_bytes(trainer.parallel.state_dict())
         seconds = {name.removeprefix("time_").removesuffix("_s"): value / num_steps for name, value in parts.items()}
         everyone = gather((seconds, *own_bytes))
-        if world.is_main:
+        if trainer.world.is_main:
             measured = Measured({name: max(each[0][name] for each in everyone) for name in seconds},
                                 [each[1] for each in everyone], [each[2] for each in everyone], lengths, peaks)
             path.write_text(json.dumps(asdict(measured)), encoding="utf-8")

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from longer_rec.batch import RequestBatch, concat_batches
-from longer_rec.data.loader import TrainLoader
 from longer_rec.elastic.step import cut_lookup, split_rows
 from longer_rec.train.trainer import Trainer
 
@@ -18,9 +17,7 @@ def replay_step(trainer: Trainer) -> list[str]:
 
     In the order of the computation: weights, table rows, logits (by request), loss, gradients.
     """
-    loader = TrainLoader(trainer.dataset, trainer.job.data, seed=trainer.job.seed, num_workers=trainer.num_workers,
-                         workers=trainer.workers, start_step=trainer.step, num_steps=1)
-    batches = [batch.to(trainer.world.device) for batch in loader.make_step(trainer.step)]
+    batches = [batch.to(trainer.world.device) for batch in trainer.loader(1).make_step(trainer.step)]
     rows, _ = cut_lookup(trainer.parallel.ranker.lookup(concat_batches(batches)))
     lines = _weights(trainer.parallel.optimizer.tower)
     for worker, batch, leaves in zip(trainer.workers, batches, split_rows(rows, batches), strict=True):

@@ -1,8 +1,8 @@
 """One run from its configuration to its results: what `longer-rec train` and `longer-rec eval` do."""
 
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,16 @@ def prepare_process() -> None:
     quiet_libraries()
     keep_freed_memory()
     make_deterministic()
+
+
+@contextmanager
+def unsaved_run(job: Job) -> Iterator[Trainer]:
+    """A trainer at step 0 of which nothing is kept; a collective call."""
+    prepare_process()
+    with joined_world(job.train.timeout_s) as world:
+        dataset = open_dataset(job.data.dir, verify=False)
+        num_workers = resolve_num_workers(job.elastic, world.size)
+        yield Trainer(job, dataset, world, parallelize(job, dataset, world), num_workers)
 
 
 def open_data(job: Job, world: World, splits: Sequence[str] = SPLITS) -> Dataset:

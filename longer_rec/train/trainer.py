@@ -86,6 +86,11 @@ class Trainer:
         requests = self.job.train.epochs * self.dataset.num_requests("train")
         return math.ceil(requests / (self.num_workers * self.job.data.batch_requests))
 
+    def loader(self, num_steps: int) -> TrainLoader:
+        """The batches of the own workers for the next steps."""
+        return TrainLoader(self.dataset, self.job.data, seed=self.job.seed, num_workers=self.num_workers,
+                           workers=self.workers, start_step=self.step, num_steps=num_steps)
+
     def train_step(self, batches: list[RequestBatch]) -> StepResult:
         """One batch of every own logical worker.
 
@@ -140,8 +145,7 @@ class Trainer:
         ``Preempted`` once a signal has stopped it and the step is saved, ``DataError`` when too many steps in a row
         were not finite; what reproduces them is in ``<run_dir>/failure`` then.
         """
-        loader = TrainLoader(self.dataset, self.job.data, seed=self.job.seed, num_workers=self.num_workers,
-                             workers=self.workers, start_step=self.step, num_steps=self.num_steps - self.step)
+        loader = self.loader(self.num_steps - self.step)
         if self.step < self.num_steps:
             checkpoints.prepare(self.parallel.state_dict())
         try:
