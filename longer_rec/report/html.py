@@ -16,7 +16,6 @@ from longer_rec.report import charts
 from longer_rec.report.numbers import (
     METRIC_TITLES,
     MISSING,
-    RESULT_METRICS,
     format_bytes,
     format_count,
     format_duration,
@@ -24,10 +23,10 @@ from longer_rec.report.numbers import (
     format_metric,
     format_ranks,
     is_number,
+    result_cells,
 )
 from longer_rec.report.quality import attention, quality
 from longer_rec.report.run_files import Line, RunFiles, read_run_files
-from longer_rec.report.terminal import best_value
 
 Section = dict[str, Any]
 
@@ -91,17 +90,15 @@ def results_table(rows: Sequence[Mapping[str, Any]], own: bool = True) -> Sectio
     """Each model's metrics as text, the best of a column marked, the first one's row too; None without a row."""
     if not rows:
         return None
-    metrics = [name for name in RESULT_METRICS if any(is_number(row.get(name)) for row in rows)]
-    best = {name: best_value(name, rows) if len(rows) > 1 else None for name in metrics}
+    titles, cells = result_cells(rows)
     first = rows[0]
     counts = [f"{format_count(first[key])} {what}" for key, what in (
         ("num_candidates", "candidates"), ("num_gauc_users", "users with both classes")) if is_number(first.get(key))]
     return {
-        "titles": [METRIC_TITLES[name] for name in metrics],
-        "rows": [{"name": row.get("name", MISSING),
-                  "time": format_duration(row["train_s"]) if row.get("train_s") else "",
-                  "cells": [(format_metric(name, row.get(name)), best[name] is not None and row.get(name) == best[name])
-                            for name in metrics]} for row in rows],
+        "titles": titles,
+        "rows": [{"name": row.get("name", MISSING), "cells": of_row,
+                  "time": format_duration(row["train_s"]) if row.get("train_s") else ""}
+                 for row, of_row in zip(rows, cells, strict=True)],
         "own": own, "timed": any(row.get("train_s") for row in rows),
         "about": ", ".join(counts) + ("; the best of each column in bold" if len(rows) > 1 else ""),
     }

@@ -1,7 +1,7 @@
 """Numbers as people read them, the same in the terminal and in the report."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 MISSING: Final = "–"
@@ -74,3 +74,20 @@ def format_clock(seconds: float) -> str:
     """A running clock: 0:07, 3:20, 2:05:00."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def best_value(metric: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """The best of the rows: highest AUC and GAUC, lowest loss and entropy, calibration nearest to 1."""
+    values: list[float] = [row[metric] for row in rows if is_number(row.get(metric))]
+    distance: Mapping[str, Callable[[float], float]] = {
+        "auc": lambda value: -value, "gauc": lambda value: -value, "calibration": lambda value: abs(value - 1.0)}
+    return min(values, key=distance.get(metric, float), default=None)
+
+
+def result_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+    """Titles of the metrics that a row has; row by row their text, and whether it is the best of several."""
+    metrics = [name for name in RESULT_METRICS if any(is_number(row.get(name)) for row in rows)]
+    best = {name: best_value(name, rows) if len(rows) > 1 else None for name in metrics}
+    return [METRIC_TITLES[name] for name in metrics], [
+        [(format_metric(name, row.get(name)), best[name] is not None and row.get(name) == best[name])
+         for name in metrics] for row in rows]

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -150,15 +150,11 @@ def _plots(content: Content) -> list[tuple[str, Markup]]:
         if rows:
             where = f" on {data}" if data else ""
             plots.append((f"Test AUC{where}, with standard errors",
-                          _svg(f"auc{number}", 0.6 + 0.24 * len(rows), partial(_ranking, rows))))
+                          draw(f"auc{number}", 0.6 + 0.24 * len(rows), partial(_ranking, rows))))
         if costed := [row for row in rows if row["gflops"]]:
             plots.append((f"Test AUC{where} against the forward FLOPs of a request",
-                          _svg(f"flops{number}", 3.2, partial(_against_flops, costed))))
+                          draw(f"flops{number}", 3.2, partial(_against_flops, costed))))
     return plots
-
-
-def _svg(name: str, height: float, paint: Callable[[Axes], None]) -> Markup:
-    return Markup(draw(name, height, paint))  # noqa: S704 - our own SVG
 
 
 def _label(row: Row) -> str:
@@ -192,8 +188,8 @@ def _scaling(content: Content) -> list[dict[str, Any]]:
     for fit in content["fits"]:
         groups.setdefault((fit["x"], fit["metric"], fit["data"]), []).append(fit)
     return [{"caption": f"{_AXIS_TITLES[metric]} against {_AXIS_TITLES[x]}" + (f" on {data}" if data else ""),
-             "chart": _svg(f"scaling{number}", 2.9, partial(_curves, fits, _AXIS_TITLES[x])),
-             "legend": [(index % len(SERIES) + 1, f"{fit['model']}: {_fit_text(fit)}")
+             "chart": draw(f"scaling{number}", 2.9, partial(_curves, fits, _AXIS_TITLES[x])),
+             "legend": [(index % len(SERIES) + 1, "line", f"{fit['model']}: {_fit_text(fit)}")
                         for index, fit in enumerate(fits)]}
             for number, ((x, metric, data), fits) in enumerate(groups.items())]
 

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from longer_rec.report.numbers import (
     METRIC_TITLES,
-    RESULT_METRICS,
     format_bytes,
     format_clock,
     format_count,
@@ -22,6 +21,7 @@ from longer_rec.report.numbers import (
     format_metric,
     format_ranks,
     is_number,
+    result_cells,
 )
 
 if TYPE_CHECKING:
@@ -56,27 +56,15 @@ def plan_table(rows: Sequence[Row], console: Console | None = None) -> None:
 
 def results_table(rows: Sequence[Row], console: Console | None = None) -> None:
     """Print the metrics of each model, the best of a column in bold; the first row is the run itself."""
-    metrics = [name for name in RESULT_METRICS if any(is_number(row.get(name)) for row in rows)]
+    titles, cells = result_cells(rows)
     timed = any(row.get("train_s") for row in rows)
-    numeric = [METRIC_TITLES[name] for name in metrics] + ["training"] * timed
+    numeric = titles + ["training"] * timed
     table = make_table("Results", ["model", *numeric], numeric)
-    best = {name: best_value(name, rows) for name in metrics}
-    for row in rows:
-        cells = [escape(str(row["name"]))]
-        for name in metrics:
-            text = format_metric(name, row.get(name))
-            cells.append(f"[bold]{text}[/]" if len(rows) > 1 and row.get(name) == best[name] else text)
-        cells += [format_duration(row["train_s"]) if row.get("train_s") else ""] * timed
-        table.add_row(*cells)
+    for row, of_row in zip(rows, cells, strict=True):
+        duration = [format_duration(row["train_s"]) if row.get("train_s") else ""] * timed
+        table.add_row(escape(str(row["name"])), *(f"[bold]{text}[/]" if best else text for text, best in of_row),
+                      *duration)
     (console or make_console()).print(table)
-
-
-def best_value(metric: str, rows: Sequence[Row]) -> float | None:
-    """The best of the rows: highest AUC and GAUC, lowest loss and entropy, calibration nearest to 1."""
-    values: list[float] = [row[metric] for row in rows if is_number(row.get(metric))]
-    distance: Mapping[str, Callable[[float], float]] = {
-        "auc": lambda value: -value, "gauc": lambda value: -value, "calibration": lambda value: abs(value - 1.0)}
-    return min(values, key=distance.get(metric, float), default=None)
 
 
 def doctor_table(checks: "Sequence[Check]", console: Console | None = None) -> None:

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from longer_rec.report.numbers import (
+    best_value,
     format_bytes,
     format_clock,
     format_count,
@@ -15,7 +16,7 @@ from longer_rec.report.numbers import (
     format_metric,
     format_ranks,
 )
-from longer_rec.report.terminal import TrainProgress, best_value, doctor_table, plan_table, results_table
+from longer_rec.report.terminal import TrainProgress, doctor_table, plan_table, results_table
 
 NAN = float("nan")
 
