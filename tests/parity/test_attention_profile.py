@@ -8,9 +8,15 @@ import torch
 from longer_rec.model.attention_profile import attention_mass
 from longer_rec.model.longer import LongerTower, TowerConfig
 from longer_rec.model.recompute import apply_recompute
-from tests.reference import longer as reference
 from tests.reference.attention import merge_ref
-from tests.reference.longer import one_candidate, one_request
+from tests.reference.longer import (
+    candidate_token,
+    each_candidate,
+    event_tokens,
+    interaction_ref,
+    layer_steps,
+    one_request,
+)
 from tests.reference.towers import DAY_S, WIDTHS, make_candidates, make_user, randomise
 
 POSITION_EDGE, AGE_EDGE = [1, 2, 4, 8], [6 * DAY_S, 9 * DAY_S, 24 * DAY_S]
@@ -31,24 +37,19 @@ def mass_ref(tower, user, candidates, position_edge, age_edge):
     K, layers = tower.config.merge_size, tower.causal_layers
     edges = (position_edge, age_edge)
     totals = [torch.zeros(len(layers), tower.config.heads + 1, len(edge) + 3, dtype=torch.float64) for edge in edges]
-    row = 0
-    for request in range(user.length_B.numel()):
-        alone = one_request(user, request, tower.max_events)
+    for alone, candidate in each_candidate(user, candidates, tower.max_events):
         age = alone.age_T.tolist()
-        for _ in range(int(candidates.length_B[request])):
-            candidate = one_candidate(candidates, row)
-            row += 1
-            merged, _ = merge_ref(tower.merge, reference._event_tokens(tower, alone), alone.length_B)
-            own = [reference._candidate_token(tower, candidate)]
-            if tower.config.num_candidate_tokens == 2:
-                own.insert(0, tower.interaction_token(reference._interaction(tower.interaction, alone, candidate)))
-            older = [(len(merged) - 1 - m) * K for m in range(len(merged))]  # events between a token's newest and now
-            values = (older, [age[len(age) - 1 - each] for each in older])
-            for depth, step in enumerate(reference.layer_steps(tower, merged, tower.globals(alone)[0], own)):
-                for total, edge, value in zip(totals, edges, values, strict=True):
-                    place = [len(edge) + 1 + bool(is_own) if m is None else bucket(value[m], edge)
-                             for m, is_own in zip(step.event_S, step.is_own_S, strict=True)]
-                    add_layer(total[depth], layers[depth], step, len(own), place)
+        merged, _ = merge_ref(tower.merge, event_tokens(tower, alone), alone.length_B)
+        own = [candidate_token(tower, candidate)]
+        if tower.config.num_candidate_tokens == 2:
+            own.insert(0, tower.interaction_token(interaction_ref(tower.interaction, alone, candidate)))
+        older = [(len(merged) - 1 - m) * K for m in range(len(merged))]  # events between a token's newest and now
+        values = (older, [age[len(age) - 1 - each] for each in older])
+        for depth, step in enumerate(layer_steps(tower, merged, tower.globals(alone)[0], own)):
+            for total, edge, value in zip(totals, edges, values, strict=True):
+                place = [len(edge) + 1 + bool(is_own) if m is None else bucket(value[m], edge)
+                         for m, is_own in zip(step.event_S, step.is_own_S, strict=True)]
+                add_layer(total[depth], layers[depth], step, len(own), place)
     return totals
 
 

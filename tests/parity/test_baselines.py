@@ -15,8 +15,15 @@ from longer_rec.model.recompute import apply_recompute
 from longer_rec.model.tower import AnyTower, AnyTowerConfig, build_tower
 from tests.reference.baselines import baseline_ref
 from tests.reference.longer import one_candidate, one_request, tower_ref
-from tests.reference.towers import WIDTHS, leaves, make_candidates, make_user, randomise, replace_candidate
-from tests.unit.test_model_build import matching_batch
+from tests.reference.towers import (
+    WIDTHS,
+    leaves,
+    make_candidates,
+    make_user,
+    matching_loss,
+    randomise,
+    replace_candidate,
+)
 
 MAX_EVENTS = 11
 # Empty, one event, exactly and more than the tower reads; no candidate, one, many.
@@ -145,17 +152,5 @@ def test_what_is_no_option_of_a_kind_is_refused(settings: Mapping[str, Any]) -> 
 
 @pytest.mark.parametrize("kind", ["din", "transformer", "twin", "hstu"])
 def test_matching_a_candidate_with_the_history_is_learned(kind: str) -> None:
-    generator = torch.Generator().manual_seed(1)
-    table = torch.randn(400, 32, generator=generator)
-    tower = build({"kind": kind, "head": {"hidden": [32]}}, InputWidths({"item": 32}, {}, {}, 0), 1, max_events=21)
-    optimizer = torch.optim.AdamW(tower.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(120):
-        user, candidates, label = matching_batch(generator, table)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(run(tower, user, candidates), label)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    # A coin's loss is 0.69; ids are random, so nothing but matching can beat it.
-    assert sum(losses[-20:]) / 20 < 0.35
+    widths = InputWidths({"item": 32}, {}, {}, 0)
+    assert matching_loss(build({"kind": kind, "head": {"hidden": [32]}}, widths, 1, max_events=21)) < 0.35

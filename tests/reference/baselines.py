@@ -21,7 +21,7 @@ from longer_rec.model.baselines.sum_pooling import SumPoolingTower
 from longer_rec.model.baselines.target_attention import TargetAttention
 from longer_rec.model.baselines.twin import TwinTower
 from longer_rec.model.inputs import CandidateSide, UserSide
-from tests.reference.longer import _candidate_token, _event_tokens, _interaction, _layer, one_candidate, one_request
+from tests.reference.longer import candidate_token, each_candidate, event_tokens, interaction_ref, layer_ref
 
 # What a tower adds to the head's inputs: of the candidate and of the user, each 1 x some width.
 Read = tuple[list[Tensor], list[Tensor]]
@@ -29,19 +29,14 @@ Read = tuple[list[Tensor], list[Tensor]]
 
 def baseline_ref(tower: Baseline, user: UserSide, candidates: CandidateSide) -> Tensor:
     """Twin of ``tower.score(tower.encode(user), candidates)``."""
-    logits, row = [], 0
-    for request in range(user.length_B.numel()):
-        alone = one_request(user, request, tower.max_events)
-        for _ in range(int(candidates.length_B[request])):
-            logits.append(_one_candidate(tower, alone, one_candidate(candidates, row)))
-            row += 1
+    logits = [_one_candidate(tower, *each) for each in each_candidate(user, candidates, tower.max_events)]
     return torch.cat(logits) if logits else next(tower.parameters()).new_zeros(0, 1)
 
 
 def _one_candidate(tower: Baseline, user: UserSide, candidate: CandidateSide) -> Tensor:
     candidate_inputs, user_inputs = _READ[type(tower)](tower, user, candidate)
     if tower.interaction is not None:
-        candidate_inputs.append(_interaction(tower.interaction, user, candidate))
+        candidate_inputs.append(interaction_ref(tower.interaction, user, candidate))
     if tower.scale:
         candidate_inputs += [candidate.embedding[name] * tower.scale for name in tower.item_names]
         user_inputs += [user.user_embedding[name] * tower.scale for name in tower.user_names]
@@ -58,7 +53,7 @@ def _no_sequence(tower: NoSequenceTower, user: UserSide, candidate: CandidateSid
 
 
 def _sum_pooling(tower: SumPoolingTower, user: UserSide, candidate: CandidateSide) -> Read:
-    events, own = _event_tokens(tower, user), _candidate_token(tower, candidate)
+    events, own = event_tokens(tower, user), candidate_token(tower, candidate)
     total = torch.zeros_like(own)
     for event in events:
         total = total + event
@@ -68,9 +63,9 @@ def _sum_pooling(tower: SumPoolingTower, user: UserSide, candidate: CandidateSid
 
 def _din(tower: DinTower, user: UserSide, candidate: CandidateSide) -> Read:
     unit = tower.activation
-    own = tower.norm(_candidate_token(tower, candidate))
+    own = tower.norm(candidate_token(tower, candidate))
     weights, events = [], []
-    for event in _event_tokens(tower, user)[-tower.num_recent:]:
+    for event in event_tokens(tower, user)[-tower.num_recent:]:
         event = tower.norm(event.unsqueeze(0))
         hidden = (event * own) @ unit.product.T + event @ unit.event.weight.T + unit.candidate(own)
         weights.append(unit.out(silu(hidden)))
@@ -84,10 +79,10 @@ def _din(tower: DinTower, user: UserSide, candidate: CandidateSide) -> Read:
 
 
 def _sim_hard(tower: SimHardTower, user: UserSide, candidate: CandidateSide) -> Read:
-    own = tower.norm(_candidate_token(tower, candidate))
+    own = tower.norm(candidate_token(tower, candidate))
     wanted = int(candidate.id[tower.feature][0])
     found = [t for t, value in enumerate(user.event_id[tower.feature].tolist()) if value == wanted and wanted > 0]
-    events = [tower.norm(_event_tokens(tower, user)[t:t + 1]) for t in found[-tower.top_k:]]
+    events = [tower.norm(event_tokens(tower, user)[t:t + 1]) for t in found[-tower.top_k:]]
     return [own, _target_attention(tower.attention, own, events, events, [0.0] * len(events))], []
 
 
@@ -96,7 +91,7 @@ def _twin(tower: TwinTower, user: UserSide, candidate: CandidateSide) -> Read:
     inherent = tower.inherent_norm(tower.inherent(torch.cat([candidate.embedding[n] for n in tower.item_names], 1)))
     query_w, key_w = attention.query_key.weight.chunk(2)
     compared, values, extra, alpha = [], [], [], []
-    for t, event in enumerate(_event_tokens(tower, user)):
+    for t, event in enumerate(event_tokens(tower, user)):
         bucket = int((tokens.get_buffer("age_boundary") <= float(user.age_T[t])).sum())
         cross = torch.cat([*(user.event_embedding[name][t] for name in tokens.event_names), tokens.age.weight[bucket]])
         extra.append(tower.cross.weight @ cross)
@@ -107,7 +102,7 @@ def _twin(tower: TwinTower, user: UserSide, candidate: CandidateSide) -> Read:
         alpha.append((score + extra[-1].sum()).item())
     kept = sorted(range(len(alpha)), key=lambda t: -alpha[t])[:tower.top_k]
     mixed = _target_attention(attention, inherent, *([rows[t] for t in kept] for rows in (compared, values, extra)))
-    return [tower.norm(_candidate_token(tower, candidate)), mixed], []
+    return [tower.norm(candidate_token(tower, candidate)), mixed], []
 
 
 def _head_width(attention: TargetAttention) -> int:
@@ -134,7 +129,7 @@ def _target_attention(attention: TargetAttention, own: Tensor, compared: Sequenc
 
 def _hstu(tower: HstuTower, user: UserSide, candidate: CandidateSide) -> Read:
     """One sequence of events and candidate through all layers, pair by pair."""
-    token_SD = torch.cat([_event_tokens(tower, user), _candidate_token(tower, candidate)])
+    token_SD = torch.cat([event_tokens(tower, user), candidate_token(tower, candidate)])
     ages = [*user.age_T.tolist(), 0]
     for layer in tower.layers:
         token_SD = _hstu_layer(layer, token_SD, ages)
@@ -161,13 +156,13 @@ def _hstu_layer(layer: HstuLayer, token_SD: Tensor, ages: list[int]) -> Tensor:
 
 
 def _sasrec(tower: SasRecTower, user: UserSide, candidate: CandidateSide) -> Read:
-    own, token_SD = _candidate_token(tower, candidate), _event_tokens(tower, user)
+    own, token_SD = candidate_token(tower, candidate), event_tokens(tower, user)
     if len(token_SD) == 0:
         return [own * 0.0], []
     for layer in tower.layers:
         S = len(token_SD)
         seen_SS, own_S = torch.ones(S, S, dtype=torch.bool).tril(), torch.zeros(S, dtype=torch.bool)
-        token_SD = _layer(layer, "pre", True, token_SD, token_SD, seen_SS, own_S)
+        token_SD = layer_ref(layer, "pre", True, token_SD, token_SD, seen_SS, own_S)
     return [own * tower.final_norm(token_SD[-1:])], []
 
 

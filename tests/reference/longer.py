@@ -5,6 +5,7 @@ layers under one explicit mask. It shares with the fast path its weights, the us
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +22,19 @@ from tests.reference.attention import merge_ref
 
 def tower_ref(tower: LongerTower, user: UserSide, candidates: CandidateSide) -> Tensor:
     """Twin of ``tower.score(tower.encode(user), candidates)``."""
-    logits, row = [], 0
-    for request in range(user.length_B.numel()):
-        alone = one_request(user, request, tower.max_events)
-        for _ in range(int(candidates.length_B[request])):
-            logits.append(_one_candidate(tower, alone, one_candidate(candidates, row)))
-            row += 1
+    logits = [_one_candidate(tower, *each) for each in each_candidate(user, candidates, tower.max_events)]
     return torch.cat(logits) if logits else next(tower.parameters()).new_zeros(0, 1)
+
+
+def each_candidate(user: UserSide, candidates: CandidateSide, max_events: int
+                   ) -> Iterator[tuple[UserSide, CandidateSide]]:
+    """Each candidate alone, with its request's user."""
+    row = 0
+    for request in range(user.length_B.numel()):
+        alone = one_request(user, request, max_events)
+        for _ in range(int(candidates.length_B[request])):
+            yield alone, one_candidate(candidates, row)
+            row += 1
 
 
 def one_request(user: UserSide, request: int, max_events: int) -> UserSide:
@@ -50,11 +57,11 @@ def one_candidate(candidates: CandidateSide, row: int) -> CandidateSide:
 
 def _one_candidate(tower: LongerTower, user: UserSide, candidate: CandidateSide) -> Tensor:
     config, scale = tower.config, tower.config.head.id_scale
-    merged_MX, _ = merge_ref(tower.merge, _event_tokens(tower, user), user.length_B)
+    merged_MX, _ = merge_ref(tower.merge, event_tokens(tower, user), user.length_B)
     globals_GX = tower.globals(user)[0]
-    own, head_inputs = [_candidate_token(tower, candidate)], []
+    own, head_inputs = [candidate_token(tower, candidate)], []
     if tower.interaction is not None:
-        hidden = _interaction(tower.interaction, user, candidate)
+        hidden = interaction_ref(tower.interaction, user, candidate)
         if config.num_candidate_tokens == 2:
             own.insert(0, tower.interaction_token(hidden))
         elif tower.interaction.config.placement == "added":
@@ -83,7 +90,7 @@ def _one_candidate(tower: LongerTower, user: UserSide, candidate: CandidateSide)
     return hidden
 
 
-def _event_tokens(tower: LongerTower, user: UserSide) -> Tensor:
+def event_tokens(tower: LongerTower, user: UserSide) -> Tensor:
     tokens = tower.tokens
     events = []
     num_events = user.age_T.numel()
@@ -95,7 +102,7 @@ def _event_tokens(tower: LongerTower, user: UserSide) -> Tensor:
     return torch.stack(events) if events else tokens.position.weight[:0]
 
 
-def _candidate_token(tower: LongerTower, candidate: CandidateSide) -> Tensor:
+def candidate_token(tower: LongerTower, candidate: CandidateSide) -> Tensor:
     tokens = tower.tokens
     parts = [*(candidate.embedding[name][0] for name in tokens.item_names), tokens.absent]
     slot = tokens.rest(tokens.first(torch.cat(parts)))
@@ -144,7 +151,7 @@ def layer_steps(tower: LongerTower, merged_MX: Tensor, globals_GX: Tensor, own: 
         seen_QS = torch.tensor([[sees(query, key, placed[:len(chunk)], phd.window) for key in keys]
                                 for query in queries])
         key_SX = torch.cat([token_SX, hidden_UX])
-        both_QX = _layer(layer, config.norm, depth == 0, torch.cat([query_QX, hidden_UX]), key_SX, seen_QS, is_own_S)
+        both_QX = layer_ref(layer, config.norm, depth == 0, torch.cat([query_QX, hidden_UX]), key_SX, seen_QS, is_own_S)
         steps.append(Step(key_SX, seen_QS, is_own_S, event_S + [None] * len(hidden), sampled, both_QX))
         query_QX, hidden_UX = both_QX.split([len(positions), len(hidden)])
         if depth == 0:
@@ -165,7 +172,7 @@ def sees(query: tuple[int, int], key: tuple[int, int], chunk: list[tuple[int, in
     return j > 1 and key in before[len(before) - min(window, len(before)):]
 
 
-def _layer(layer: CausalLayer, place: NormPlace, is_first: bool, query_QX: Tensor, token_SX: Tensor,
+def layer_ref(layer: CausalLayer, place: NormPlace, is_first: bool, query_QX: Tensor, token_SX: Tensor,
            seen_QS: Tensor, is_own_S: Tensor) -> Tensor:
     """Queries through one layer under an explicit mask; ``is_own_S``: a candidate's own tokens."""
     is_pre = place == "pre" or (place == "hybrid_star" and is_first)
@@ -204,7 +211,7 @@ def positions_ref(sampling: str, num_merged: int, num_queries: int) -> list[int]
     return sorted(num_merged - 1 - each for each in back)
 
 
-def _interaction(module: Interaction, user: UserSide, candidate: CandidateSide) -> Tensor:
+def interaction_ref(module: Interaction, user: UserSide, candidate: CandidateSide) -> Tensor:
     raw, totals = statistics_ref(module, user, candidate)
     hidden = describe(module.config, raw, totals).to(module.dtype)
     hidden = torch.cat([hidden, *(candidate.embedding[name] for name in module.config.context),
