@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import statistics
 from collections import defaultdict
 from pathlib import Path
 
@@ -245,13 +246,18 @@ def test_every_shipped_file_runs_as_its_header_says_and_twice_the_same(path: Pat
     assert "<script" not in page
 
 
-def test_full_easyscale_beats_gang_scheduling_at_high_load() -> None:
+def test_easyscale_is_fastest_and_gang_scheduling_slowest_at_high_load_whatever_is_drawn() -> None:
     path = next(path for path in CONFIGS if path.stem == "heterogeneous")
-    simulation = load_config(Simulation, path)
-    means = {policy: measure(simulate(simulation.cluster, all_jobs(simulation), policy, simulation.pause_s,
-                                      simulation.settle_s))["mean_s"] for policy in POLICIES}
-    assert means["gang"] / means["easyscale"] >= 4
-    assert means["easyscale"] < means["homogeneous"] < means["backfill"] < means["gang"]
+    ratios = []
+    for seed in range(5):
+        simulation = load_config(Simulation, path, [f"workload.seed={seed}"])
+        means = {policy: measure(simulate(simulation.cluster, all_jobs(simulation), policy, simulation.pause_s,
+                                          simulation.settle_s))["mean_s"] for policy in POLICIES}
+        assert means["easyscale"] < 1.01 * min(means["homogeneous"], means["backfill"])
+        assert max(means["homogeneous"], means["backfill"]) < means["gang"]
+        ratios.append(means["gang"] / means["easyscale"])
+    assert ratios[0] == pytest.approx(4.45, abs=0.01), "the header of the file"
+    assert statistics.median(ratios) == pytest.approx(2.16, abs=0.01)
 
 
 JOB = "{name: a, num_workers: 2, mini_batches: 10, rates: {gpu: 1.0}}"
