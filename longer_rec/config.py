@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeGuard, TypeVar, Union, get_args, get_origin
 
@@ -106,6 +106,15 @@ def config_hash(config: Config) -> str:
     """SHA-256 of the canonical JSON: equal for equal settings, however they were written."""
     canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def flatten(content: Mapping[str, Any], skip: Container[str] = (), prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; without the keys in ``skip`` and all below them."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if (key := prefix + name) not in skip:
+            flat |= flatten(value, skip, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return flat
 
 
 def _explain(config_type: type[Config], content: Mapping[str, Any], error: pydantic.ValidationError) -> Iterator[str]:

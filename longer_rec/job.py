@@ -1,12 +1,12 @@
 """The root configuration: every part's own config joined into one run, and the ranker it describes."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import pydantic
 import torch
 
-from longer_rec.config import Config, apply_overrides, build_config
+from longer_rec.config import Config, apply_overrides, build_config, flatten
 from longer_rec.data.loader import DataConfig
 from longer_rec.elastic.assignment import ElasticConfig
 from longer_rec.model.inputs import InputWidths
@@ -73,6 +73,10 @@ class Job(Config):
     train: TrainConfig = TrainConfig()
     baselines: dict[str, tuple[str, ...]] = {}
 
+    def step_requests(self, num_processes: int = 1) -> int:
+        """Training requests of one step, all logical workers together."""
+        return self.data.batch_requests * (self.elastic.num_workers or num_processes)
+
     @pydantic.model_validator(mode="after")
     def _check_baselines(self) -> Self:
         for name in self.baselines:
@@ -94,17 +98,8 @@ def baseline_jobs(job: Job) -> dict[str, Job]:
 
 def changed_keys(saved: Job, current: Job) -> list[str]:
     """Dotted keys in which two jobs differ, leaving out those that may."""
-    old, new = _flatten(saved.model_dump(mode="json")), _flatten(current.model_dump(mode="json"))
+    old, new = (flatten(job.model_dump(mode="json"), _FREE_KEYS) for job in (saved, current))
     return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-
-
-def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        key = f"{prefix}{name}"
-        if key not in _FREE_KEYS:
-            flat |= _flatten(value, f"{key}.") if isinstance(value, dict) else {key: value}
-    return flat
 
 
 def build_ranker(job: Job, schema: Schema, device: torch.device) -> Ranker:

@@ -234,7 +234,7 @@ class Outcome:
 
     @property
     def requests_per_s(self) -> float:
-        return self.scenario.num_workers * self.scenario.job.data.batch_requests / self.total_s
+        return self.scenario.job.step_requests(self.scenario.hardware.world_size) / self.total_s
 
     @property
     def imbalance(self) -> float:

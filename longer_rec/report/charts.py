@@ -20,6 +20,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 from numpy.typing import NDArray
 
 from longer_rec.report.numbers import format_bytes, format_clock, format_count
+from longer_rec.report.run_files import Estimate
 
 INK: Final = "#000001"
 MUTED: Final = "#000002"
@@ -31,7 +32,6 @@ _CSS: Final = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--card",
                **{colour: f"--c{number}" for number, colour in enumerate(SERIES, start=1)}}
 
 Floats = NDArray[np.float64]
-Estimate = tuple[float | None, float | None, float | None]  # value, low, high; None where there is none
 Points = Sequence[tuple[float, float]]
 
 # A line of an SVG costs about 20 bytes a point, and a screen shows no more of them.

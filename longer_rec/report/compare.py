@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from longer_rec.config import flatten
 from longer_rec.errors import ConfigError
 from longer_rec.report import charts
 from longer_rec.report.html import Section, points, results_table, train_seconds, write_page
@@ -91,7 +91,7 @@ def _rescaled(files: RunFiles, split: str, key: str, scale: str) -> list[tuple[f
 
 def _settings(named: Mapping[str, RunFiles]) -> Section | None:
     """A row for each setting in which the runs themselves differ; None with fewer than two configurations."""
-    flat = {name: _flatten(files.config) for name, files in named.items() if files.config}
+    flat = {name: flatten(files.config) for name, files in named.items() if files.config}
     if len(flat) < 2:
         return None
     keys = dict.fromkeys(key for settings in flat.values() for key in settings)
@@ -99,10 +99,3 @@ def _settings(named: Mapping[str, RunFiles]) -> Section | None:
             if key.partition(".")[0] not in ("name", "run_dir", "baselines")]
     return {"head": [("setting", False), *((name, False) for name in flat)],
             "rows": [row for row in rows if len(set(row[1:])) > 1]}
-
-
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {prefix + name: value}
-    return flat

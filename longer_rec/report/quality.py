@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from longer_rec.report import charts
 from longer_rec.report.numbers import format_count, format_metric
-from longer_rec.report.run_files import Analysis, Bucket, Profile
+from longer_rec.report.run_files import Analysis, Bucket, Estimate, Profile
 
 Section = dict[str, Any]
 _DIMENSIONS: Final = {"history_length": ("history length", "events before the request, from"),
@@ -101,7 +101,7 @@ def _calibration_grid(run: Analysis) -> Section:
                       _told("rate", entry.observed)] for entry in run.calibration.bins]}
 
 
-def _told(metric: str, estimate: charts.Estimate | None) -> str:
+def _told(metric: str, estimate: Estimate | None) -> str:
     value, low, high = estimate or (None, None, None)
     if low is None:
         return format_metric(metric, value)

@@ -12,7 +12,7 @@ import yaml
 from longer_rec.errors import DataError
 
 Line = dict[str, Any]
-_Estimate = tuple[float | None, float | None, float | None]
+Estimate = tuple[float | None, float | None, float | None]  # value, low, high; None where there is none
 
 
 class Bucket(pydantic.BaseModel):
@@ -22,14 +22,14 @@ class Bucket(pydantic.BaseModel):
     high: int
     candidates: int
     users: int
-    auc: _Estimate
-    logloss: _Estimate
+    auc: Estimate
+    logloss: Estimate
 
 
 class CalibrationBin(pydantic.BaseModel):
     candidates: int
     predicted: float
-    observed: _Estimate
+    observed: Estimate
 
 
 class Calibration(pydantic.BaseModel):

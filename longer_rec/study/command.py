@@ -48,9 +48,9 @@ def run_study(path: Path, overrides: Sequence[str], command: str) -> bool:
         spent = study.directory / "spent.json"
         sizes = {path: dataset.num_requests("train") for path, dataset in datasets.items()}
         with StudyProgress(study.name, spent, parallel, sizes) as progress:
-            course = _Course(study, grid, datasets, parallel, stop, progress)
-            failed = course.run()
-        content = study_content(study, grid, course.runs, course.costs, course.choices, failed)
+            rounds = _Rounds(study, grid, datasets, parallel, stop, progress)
+            failed = rounds.run()
+        content = study_content(study, grid, rounds.runs, rounds.costs, rounds.choices, failed)
         content |= {"command": command, "spent_s": StudyProgress.spent_s(spent)}
         page = write_study(study.directory, content)
     print_table(content)
@@ -61,7 +61,7 @@ def run_study(path: Path, overrides: Sequence[str], command: str) -> bool:
 
 
 @dataclass
-class _Course:
+class _Rounds:
     """The three rounds of a study, each of which needs the results of the one before."""
 
     study: StudyConfig
@@ -121,7 +121,7 @@ class _Course:
 
     def _probe_epochs(self, variant: Variant) -> float:
         job = variant.job(self.study.directory)
-        requests = self.study.probe_steps * job.data.batch_requests * (job.elastic.num_workers or 1)
+        requests = self.study.probe_steps * job.step_requests()
         return requests / self.datasets[job.data.dir].num_requests("train") if self._is_trained(variant) else 0.0
 
     def _epochs(self, variant: Variant, budget_s: float | None) -> float:

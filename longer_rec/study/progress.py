@@ -97,7 +97,7 @@ class StudyProgress:
 
 def count_steps(job: Job, num_requests: int) -> int:
     """Steps of a run on one process."""
-    return math.ceil(job.train.epochs * num_requests / ((job.elastic.num_workers or 1) * job.data.batch_requests))
+    return math.ceil(job.train.epochs * num_requests / job.step_requests())
 
 
 def last_lines(path: Path) -> list[dict[str, Any]]:

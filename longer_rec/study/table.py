@@ -59,7 +59,7 @@ def _read_result(task: Task) -> dict[str, float]:
     result, lines = files.results[0], files.lines
     train_s = sum(line["elapsed_s"] - before.get("elapsed_s", 0.0) for before, line in pairwise([{}, *lines])
                   if line["split"] == "train")
-    requests = result["steps"] * (task.job.elastic.num_workers or 1) * task.job.data.batch_requests
+    requests = result["steps"] * task.job.step_requests()
     return {**{name: result[name] for name in _METRICS}, "train_s": train_s, "requests": requests,
             "requests_per_s": requests / train_s if train_s else 0.0}
 

@@ -31,10 +31,9 @@ def analyse_scores(scores: Scores, dataset: Dataset) -> Section:
     activity = np.bincount(requests.astype(np.int64), minlength=int(user.max(initial=0)) + 1)[user]
     return {
         "whole": _figures(label, logit, user),
-        "history_length": [_bucket(low, high, _figures(label[at], logit[at], user[at]))
-                           for low, high, at in powers_of_two(length)],
-        "user_activity": [_bucket(low, high, _figures(label[at], logit[at], user[at]))
-                          for low, high, at in powers_of_two(activity)],
+        **{name: [{"low": low, "high": high, **_figures(label[at], logit[at], user[at])}
+                  for low, high, at in powers_of_two(value)]
+           for name, value in (("history_length", length), ("user_activity", activity))},
         "calibration": calibration_bins(label, logit, user),
     }
 
@@ -110,10 +109,6 @@ def _figures(label: Floats, logit: Floats, user: Ints) -> Section:
     return {"candidates": len(label), "positives": int(label.sum()), "users": len(np.unique(user)),
             "auc": interval_of_rate(*auc_with_error(label, logit, user)),
             "logloss": (_known(loss), _known(loss - _Z * error), _known(loss + _Z * error))}
-
-
-def _bucket(low: int, high: int, figures: Section) -> Section:
-    return {"low": low, "high": high, **figures}
 
 
 def _error(share_C: Floats, user_C: Ints) -> float:

@@ -93,8 +93,7 @@ def plan_tables(ranker: Ranker, job: Job, dataset: Dataset, world: World, foreca
     if job.sparse.placement is None:
         return plan()
     lookups = count_lookups(dataset, job.data.max_events)
-    num_workers = resolve_num_workers(job.elastic, world.size)
-    step_requests = num_workers * job.data.batch_requests
+    num_workers, step_requests = resolve_num_workers(job.elastic, world.size), job.step_requests(world.size)
     placed = plan({table: step_fetches(count, dataset.num_requests("train") / step_requests)
                    for table, count in lookups.items()})
     if not forecast:

@@ -1,7 +1,8 @@
 """What all learned baselines share: inputs, event tokens, head and interaction statistics are LONGER's own.
 
-A baseline differs in two functions alone: ``read`` makes of a user's events what the candidates need, ``look`` gives
-what a candidate sees in it. So a difference between two towers is one of how the history is read.
+A baseline differs in two functions alone: ``encode_events`` makes of a user's events what the candidates need,
+``candidate_inputs`` gives what a candidate sees in it. So two towers differ in how the history is read and in nothing
+else.
 """
 
 from dataclasses import replace
@@ -55,18 +56,18 @@ class Baseline(nn.Module):
             raw_candidate += config.interaction.width
         self.head = Head(config.head, candidate_width + raw_candidate, user_width + raw_user, num_tasks)
 
-    def read(self, user: UserSide) -> UserState:
+    def encode_events(self, user: UserSide) -> UserState:
         """What the candidates need of a user's events; ``head_BF`` are inputs of the head here, for ``encode`` to go on
         with."""
-        return UserState(nothing(user))
+        return UserState(no_inputs(user))
 
-    def look(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
+    def candidate_inputs(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
         """Inputs of the head that depend on the candidate and the history (each C x .)."""
         return []
 
     def encode(self, user: UserSide) -> UserState:
         user = keep_newest(user, self.max_events)
-        state = self.read(user)
+        state = self.encode_events(user)
         parts = [state.head_BF, *scaled_inputs(user.user_embedding, self.user_names, self.scale)]
         parts.append(user.dense_BF.to(self.head.user.weight.dtype))
         runs = self.interaction.encode(user) if self.interaction is not None else None
@@ -74,7 +75,7 @@ class Baseline(nn.Module):
 
     def score(self, state: UserState, candidates: CandidateSide) -> Tensor:
         """Logits C x Y."""
-        parts = self.look(state, candidates)
+        parts = self.candidate_inputs(state, candidates)
         if self.interaction is not None and state.matches is not None:
             parts.append(self.interaction.score(state.matches, candidates))
         parts += scaled_inputs(candidates.embedding, self.item_names, self.scale)
@@ -100,7 +101,7 @@ def check_heads(num_heads: int, width: int) -> None:
         raise ConfigError(f"model.num_heads={num_heads} does not divide model.width={width}; use one of {divisors}")
 
 
-def nothing(user: UserSide) -> Tensor:
+def no_inputs(user: UserSide) -> Tensor:
     """B x 0: no input of the head."""
     return user.dense_BF[:, :0]
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, nothing
+from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, no_inputs
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, keep_newest
 from longer_rec.model.state import LayerCache, UserState
 
@@ -35,12 +35,12 @@ class DinTower(SequenceTower):
         self.norm = nn.LayerNorm(config.width)
         self.activation = ActivationUnit(config.width, config.activation_hidden)
 
-    def read(self, user: UserSide) -> UserState:
+    def encode_events(self, user: UserSide) -> UserState:
         user = keep_newest(user, self.num_recent)
         token_SHE = self.norm(self.tokens.events(user)).unsqueeze(1)
-        return UserState(nothing(user), (LayerCache(token_SHE, token_SHE, user.length_B),))
+        return UserState(no_inputs(user), (LayerCache(token_SHE, token_SHE, user.length_B),))
 
-    def look(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
+    def candidate_inputs(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
         token_CD = self.norm(self.tokens.candidates(candidates))
         memory = state.layers[0]
         counts, lengths = candidates.length_B.tolist(), memory.length_B.tolist()  # host sync on GPU

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, check_heads, nothing
+from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, check_heads, no_inputs
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
 from longer_rec.model.jagged import position_from_newest
 from longer_rec.model.state import LayerCache, UserState
@@ -45,7 +45,7 @@ class HstuTower(SequenceTower):
     def hstu_layers(self) -> list["HstuLayer"]:
         return cast(list[HstuLayer], list(self.layers))
 
-    def read(self, user: UserSide) -> UserState:
+    def encode_events(self, user: UserSide) -> UserState:
         lengths = user.length_B.tolist()  # host sync on GPU
         pairs = [distance_buckets(age_L) for age_L in user.age_T.split(lengths)] if len(self.layers) > 1 else []
         # A candidate stands one behind the newest event, at the request's time.
@@ -56,9 +56,9 @@ class HstuTower(SequenceTower):
             is_last = depth == len(self.layers) - 1
             token_TD, cache = layer.encode(token_TD, user.length_B, ahead_T, None if is_last else pairs)
             caches.append(cache)
-        return UserState(nothing(user), tuple(caches))
+        return UserState(no_inputs(user), tuple(caches))
 
-    def look(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
+    def candidate_inputs(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
         token_CD = self.tokens.candidates(candidates)
         for layer, cache in zip(self.hstu_layers, state.layers, strict=True):
             token_CD = layer.score(token_CD, cache, candidates.length_B)

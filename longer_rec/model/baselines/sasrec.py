@@ -15,7 +15,7 @@ from longer_rec.model.baselines.common import (
     SequenceConfig,
     SequenceTower,
     check_heads,
-    nothing,
+    no_inputs,
     user_vectors,
     vector_of,
 )
@@ -53,7 +53,7 @@ class SasRecTower(SequenceTower):
         self.layers = nn.ModuleList(layers)
         self.final_norm = nn.LayerNorm(config.width)
 
-    def read(self, user: UserSide) -> UserState:
+    def encode_events(self, user: UserSide) -> UserState:
         token_SX = self.tokens.events(user)
         last_B = user.length_B.clamp(max=1)
         for depth, layer in enumerate(self.layers):
@@ -64,7 +64,7 @@ class SasRecTower(SequenceTower):
         output_QX = self.final_norm(token_SX)
         vector_BD = output_QX.new_zeros(last_B.numel(), output_QX.shape[1])
         vector_BD = vector_BD.index_copy(0, last_B.nonzero().squeeze(1), output_QX)
-        return UserState(nothing(user), user_vectors(vector_BD))
+        return UserState(no_inputs(user), user_vectors(vector_BD))
 
-    def look(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
+    def candidate_inputs(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
         return [self.tokens.candidates(candidates) * vector_of(state, candidates)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from longer_rec.errors import ConfigError
-from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, check_heads, nothing
+from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, check_heads, no_inputs
 from longer_rec.model.baselines.target_attention import TargetAttention
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
 from longer_rec.model.state import UserState
@@ -41,12 +41,12 @@ class SimHardTower(SequenceTower):
         self.norm = nn.LayerNorm(config.width)
         self.attention = TargetAttention(config.width, config.num_heads, config.matcher_gamma)
 
-    def read(self, user: UserSide) -> UserState:
+    def encode_events(self, user: UserSide) -> UserState:
         token_TD = self.norm(self.tokens.events(user))
         memory = self.attention.memory(token_TD, token_TD, None, user.length_B)
-        return UserState(nothing(user), (memory,), event_id_T=user.event_id[self.feature])
+        return UserState(no_inputs(user), (memory,), event_id_T=user.event_id[self.feature])
 
-    def look(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
+    def candidate_inputs(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
         memory, = state.layers
         assert state.event_id_T is not None
         events = state.event_id_T.split(memory.length_B.tolist())  # host sync on GPU

@@ -29,7 +29,7 @@ class SumPoolingTower(SequenceTower):
         super().__init__(config, widths, num_tasks, max_events, 2 * config.width, config.width)
         self.pooling = config.pooling
 
-    def read(self, user: UserSide) -> UserState:
+    def encode_events(self, user: UserSide) -> UserState:
         token_TD = self.tokens.events(user)
         request_T = request_of(user.length_B, token_TD.shape[0])
         sum_BD = token_TD.new_zeros(user.length_B.numel(), token_TD.shape[1]).index_add(0, request_T, token_TD)
@@ -39,6 +39,6 @@ class SumPoolingTower(SequenceTower):
             vector_BD = sum_BD / self.max_events**0.5
         return UserState(vector_BD, user_vectors(vector_BD))
 
-    def look(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
+    def candidate_inputs(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
         token_CD = self.tokens.candidates(candidates)
         return [token_CD, token_CD * vector_of(state, candidates)]

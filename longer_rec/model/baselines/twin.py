@@ -12,7 +12,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, check_heads, nothing
+from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, check_heads, no_inputs
 from longer_rec.model.baselines.target_attention import TargetAttention
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, concat_features
 from longer_rec.model.state import UserState
@@ -43,16 +43,16 @@ class TwinTower(SequenceTower):
         self.attention = TargetAttention(config.width, config.num_heads, config.matcher_gamma)
         nn.init.orthogonal_(self.inherent.weight)
 
-    def read(self, user: UserSide) -> UserState:
+    def encode_events(self, user: UserSide) -> UserState:
         tokens = self.tokens
         token_TD = self.norm(tokens.events(user))
         age = tokens.age(age_bucket(user.age_T, tokens.get_buffer("age_boundary")))
         cross_TH = self.cross(torch.cat([*(user.event_embedding[name] for name in tokens.event_names), age], dim=1))
         compared_TD = self._compared(user.event_embedding)
         memory = self.attention.memory(compared_TD, token_TD, cross_TH, user.length_B)
-        return UserState(nothing(user), (memory,))
+        return UserState(no_inputs(user), (memory,))
 
-    def look(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
+    def candidate_inputs(self, state: UserState, candidates: CandidateSide) -> list[Tensor]:
         def choose(request: int, score_HCL: Tensor) -> Tensor:
             return highest(score_HCL.sum(0), self.top_k)
 
