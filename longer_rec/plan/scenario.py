@@ -191,7 +191,10 @@ class Scenario:
 
     def check(self) -> None:
         """``ConfigError`` for all that can be known to be wrong without a search."""
-        sparse = self.job.sparse
+        sparse, measured_on = self.job.sparse, self.constants.device
+        if measured_on not in (None, self.hardware.device):
+            raise ConfigError(f"--calibration was measured on {measured_on}, {self.hardware.name} is "
+                              f"{self.hardware.device}; leave it out, or calibrate there")
         if sparse.placement is not None:
             raise ConfigError(f"sparse.placement={sparse.placement} goes by the memory of the machine that trains and "
                               "is not planned for; add sparse.placement=null sparse.device_memory=null, and give "

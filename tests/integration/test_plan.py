@@ -9,6 +9,7 @@ import torch
 
 from longer_rec.config import dump_config, load_config
 from longer_rec.data.history import open_dataset
+from longer_rec.errors import ConfigError
 from longer_rec.job import Job
 from longer_rec.plan.calibrate import Compared, calibrate, fit
 from longer_rec.plan.scenario import Constants, Scenario, solve
@@ -124,6 +125,13 @@ def test_bad_words_end_in_one_line(commands: CommandServer, synthetic: Path, tmp
     assert outcome.code == 2
     assert re.fullmatch(rf"longer-rec: [^\n]*{message}[^\n]*\n", outcome.err), outcome
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_calibration_of_another_kind_of_device_is_refused(job: Job) -> None:
+    dataset, constants = open_dataset(job.data.dir), Constants(device="cpu")
+    Scenario(job, dataset, parse_topology("2x1GB:device=cpu"), constants).check()
+    with pytest.raises(ConfigError, match="--calibration was measured on cpu, 8x80GB is cuda; leave it out, or"):
+        Scenario(job, dataset, parse_topology("8x80GB"), constants).check()
 
 
 def test_an_output_that_cannot_be_written_is_named_before_the_search(commands: CommandServer, synthetic: Path,
