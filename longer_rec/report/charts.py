@@ -6,7 +6,7 @@ dark page. Text stays text, so it can be selected and scales with the page.
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import matplotlib
@@ -220,35 +220,6 @@ def rank_bytes(held: Sequence[Sequence[float]], limit: float | None = None, name
         axes.spines["bottom"].set_visible(False)
 
     return draw(name, 0.5 + 0.34 * min(num_ranks, 16), paint)
-
-
-def what_if(name: str, values: Sequence[str], series: Mapping[str, Sequence[float]], unit: str,
-            limit: Sequence[float] | None = None) -> Markup:
-    """A quantity at each value of a setting, a line for each series; NaN, marked at the foot, where nothing fits.
-
-    ``limit`` is drawn dashed: what there is, value by value.
-    """
-    def paint(axes: Axes) -> None:
-        place = np.arange(len(values))
-        for number, points in enumerate(series.values()):
-            colour = SERIES[number % len(SERIES)]
-            axes.plot(place, points, color=colour, marker="o", markersize=4)
-            missing = place[np.isnan(points)]
-            axes.plot(missing, np.zeros(len(missing)), color=colour, marker="x", linestyle="none", clip_on=False)
-        top = np.nanmax([*(max(np.nan_to_num(points)) for points in series.values()), 1e-12])
-        if limit is not None and max(limit) < 4 * top:
-            axes.plot(place, limit, color=SERIES[4], linestyle=(0, (4, 3)), linewidth=1.3)
-            top = max(top, *limit)
-        axes.set_ylim(0, top * 1.1)
-        axes.set_xlim(-0.3, len(values) - 0.7)
-        axes.set_xticks(place, list(values))
-        axes.tick_params(axis="x", pad=9)  # below the crosses, which stand half under the axis
-        if unit == "bytes":
-            axes.set_yticks(np.arange(0, top * 1.1, 2.0 ** np.ceil(np.log2(top / 5))))
-        axes.yaxis.set_major_formatter(FuncFormatter(
-            lambda value, _: format_bytes(value) if unit == "bytes" else f"{value:g} {unit}"))
-
-    return draw(name, 2.5, paint)
 
 
 def gantt(name: str, bars: Sequence[tuple[int, float, float, int]], bands: Sequence[tuple[str, int]], end: float,
