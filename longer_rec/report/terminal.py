@@ -81,11 +81,12 @@ def doctor_table(checks: "Sequence[Check]", console: Console | None = None) -> N
 
 
 def make_table(title: str | None, columns: Sequence[str], numeric: Container[str] = (), space: int = 2) -> Table:
-    """Borderless; numbers to the right, and only free text may fold."""
+    """Borderless; numbers to the right, never cut: where there is little room it is words that fold."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None,
                   padding=(0, space))
     for name in columns:
-        table.add_column(name, justify="right" if name in numeric else "left", no_wrap=name != "found")
+        table.add_column(name, justify="right" if name in numeric else "left", no_wrap=name in numeric,
+                         overflow="fold")
     return table
 
 

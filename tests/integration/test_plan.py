@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_explained_and_every_remedy_fits(commands: CommandS
     assert (outcome.code, outcome.err) == (1, "")
     for words in ("No plan fits: of 30 MiB a rank", "What each table needs at least", "instead of",
                   "on each device instead of 30 MiB", "requests/s"):
-        assert words in outcome.out
+        assert words in " ".join(outcome.out.split())  # a narrow terminal folds it
     assert not (tmp_path / "plan.json").exists()
     assert "Any one of these makes it fit" in (tmp_path / "plan.html").read_text()
     found = remedies(Scenario(job, open_dataset(job.data.dir), parse_topology("2x30MB:device=cpu")))
