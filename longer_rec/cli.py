@@ -230,20 +230,25 @@ def study(config: Annotated[Path, typer.Argument(help="YAML file of a study")], 
 
 @app.command()
 def schedule(
-    jobs: Annotated[list[str], typer.Argument(
+    jobs: Annotated[list[str] | None, typer.Argument(
         metavar="JOBS [KEY.SUB=VALUE]...", help="YAML file and settings on top; with --job, TYPE=COUNTxRATE of each "
-                                                "device type, such as v100=2x3.1 (mini-batches a second)")],
+                                                "device type, such as v100=2x3.1 (mini-batches a second)")] = None,
     job: Annotated[int | None, typer.Option(
         metavar="W", min=1, help="only share this many logical workers out to the devices of one job")] = None,
-    out: Annotated[Path, typer.Option(help="directory for schedule.json and schedule.html")] = Path("schedule"),
+    out: Annotated[Path | None, typer.Option(
+        help="directory for schedule.json and schedule.html; schedule where it is left out")] = None,
 ) -> None:
     """Who trains when on a shared cluster, simulated under several policies; or one job's shares of its devices."""
     from longer_rec.schedule.command import run_schedule, share_lines
 
     if job is not None:
-        typer.echo("\n".join(share_lines(job, jobs)))
+        if out is not None:
+            raise ConfigError(f"--out={out} is for a file of jobs, --job={job} writes nothing; leave one of them out")
+        typer.echo("\n".join(share_lines(job, jobs or ())))
+    elif jobs:
+        run_schedule(Path(jobs[0]), jobs[1:], out or Path("schedule"))
     else:
-        run_schedule(Path(jobs[0]), jobs[1:], out)
+        raise ConfigError("JOBS is missing; give a YAML file of jobs, or --job W and TYPE=COUNTxRATE of its devices")
 
 
 @app.command()

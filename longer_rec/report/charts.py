@@ -38,6 +38,10 @@ Points = Sequence[tuple[float, float]]
 _MOST_POINTS: Final = 600
 # Drawn at the width of a phone's screen and scaled up on wider ones: labels stay readable on both.
 _WIDTH: Final = 4.8
+# As wide as the page, which its type then matches; narrow screens scroll it.
+_PAGE_WIDTH: Final = 9.6
+_LABEL_PT: Final = 8.0
+NUM_JOB_COLOURS: Final = len(SERIES) - 1
 _STYLE: Final[Any] = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0,
     "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": GRID, "axes.facecolor": "none",
@@ -48,10 +52,10 @@ _STYLE: Final[Any] = {
 }
 
 
-def draw(name: str, height: float, paint: Callable[[Axes], None]) -> Markup:
-    """SVG text of one figure; ``name`` keeps its ids apart from those of other figures on the page."""
+def draw(name: str, height: float, paint: Callable[[Axes], None], width: float = _WIDTH) -> Markup:
+    """SVG text of one figure; ``name`` keeps its ids apart from those of other figures on the page. Inches."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure.subplots())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -222,24 +226,30 @@ def rank_bytes(held: Sequence[Sequence[float]], limit: float | None = None, name
     return draw(name, 0.5 + 0.34 * min(num_ranks, 16), paint)
 
 
-def gantt(name: str, bars: Sequence[tuple[int, float, float, int]], bands: Sequence[tuple[str, int]], end: float,
-          labels: Sequence[tuple[float, float, str]] = ()) -> Markup:
-    """Who holds which row when: ``bars`` of (row, from, to, colour from 0), in hours; ``bands`` of (title, rows).
+def gantt(name: str, bars: Sequence[tuple[int, int, float, float, int]], bands: Sequence[tuple[str, int]], end: float,
+          labels: Sequence[tuple[int, int, float, float, str]] = ()) -> Markup:
+    """Who holds which rows when: ``bars`` of (row, row after, from, to, colour from 0), ``bands`` of (title, rows).
 
-    One path for each colour, so that ten thousand bars stay one page. ``labels``: (row, hour, text).
+    Times are hours. One path for each colour, so that ten thousand bars stay one page. ``labels``: (row, row after,
+    from, to, text), drawn where the text fits into these rows and hours.
     """
-    num_rows = sum(rows for _, rows in bands)
+    num_rows, height = sum(rows for _, rows in bands), 0.09 * max(24, sum(rows for _, rows in bands))
+    # Points; the titles of the bands take their part of the width. A letter is 0.65 of the type's size at most.
+    hour_pt = 72 * (_PAGE_WIDTH - 0.4 - 0.65 * 9 / 72 * max(len(title) for title, _ in bands)) / end
+    row_pt = 72 * height / num_rows
 
     def paint(axes: Axes) -> None:
-        for number, colour in enumerate(SERIES[:-1]):
-            own = np.array([bar[:3] for bar in bars if bar[3] % (len(SERIES) - 1) == number], dtype=np.float64)
+        for number, colour in enumerate(SERIES[:NUM_JOB_COLOURS]):
+            own = np.array([bar[:4] for bar in bars if bar[4] % NUM_JOB_COLOURS == number], dtype=np.float64)
             if len(own):
-                row, start, stop = own.T
-                corners = np.stack([start, row, start, row + 1, stop, row + 1, stop, row, start, row], 1).reshape(-1, 2)
+                row, after, start, stop = own.T
+                corners = np.stack([start, row, start, after, stop, after, stop, row, start, row], 1).reshape(-1, 2)
                 codes = np.tile([Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY], len(own))
-                axes.add_patch(PathPatch(Path(corners, codes), facecolor=colour, edgecolor=PAPER, linewidth=0.15))
-        for row, hour, text in labels:
-            axes.annotate(text, (hour, row), ha="center", va="center", fontsize=5.5, color=PAPER)
+                axes.add_patch(PathPatch(Path(corners, codes), facecolor=colour, edgecolor=PAPER, linewidth=0.3))
+        for row, after, start, stop, text in labels:
+            if (after - row) * row_pt > 1.2 * _LABEL_PT and (stop - start) * hour_pt > 0.65 * _LABEL_PT * len(text) + 4:
+                axes.annotate(text, ((start + stop) / 2, (row + after) / 2), ha="center", va="center",
+                              fontsize=_LABEL_PT, color=PAPER)
         ends = np.cumsum([0, *(rows for _, rows in bands)])
         for edge in ends[1:-1]:
             axes.axhline(edge, color=INK, linewidth=0.7)
@@ -249,7 +259,7 @@ def gantt(name: str, bars: Sequence[tuple[int, float, float, int]], bands: Seque
         axes.set_xlabel("hours")
         axes.grid(visible=False)
 
-    return draw(name, 0.6 + 0.045 * max(24, num_rows), paint)
+    return draw(name, height + 0.5, paint, _PAGE_WIDTH)
 
 
 def moving_mean(values: Floats) -> Floats:

@@ -1,9 +1,10 @@
 """``longer-rec schedule``: from a file of jobs to a table, ``schedule.json`` and a picture of each policy."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ _COLUMNS = ("policy", "mean", "against gang", "p50", "p90", "waiting", "makespan
 
 def share_lines(num_workers: int, devices: Sequence[str]) -> list[str]:
     """How one job's workers lie best on ``type=COUNTxRATE`` devices, and the ways to grow, as lines to read."""
+    if not devices:
+        raise ConfigError(f"--job {num_workers}: TYPE=COUNTxRATE of its devices is missing; give such as v100=2x3.1")
     found = [re.fullmatch(r"([^=]+)=(\d+)x(\d+\.?\d*)", text) for text in devices]
     for text, match in zip(devices, found, strict=True):
         if match is None or not int(match[2]) or not float(match[3]):
@@ -33,9 +36,12 @@ def share_lines(num_workers: int, devices: Sequence[str]) -> list[str]:
     names = [match[1] for match in found if match]
     counts = tuple(int(match[2]) for match in found if match)
     rates = tuple(float(match[3]) for match in found if match)
-    if len(set(names)) < len(names) or not 1 <= sum(counts) <= num_workers:
-        raise ConfigError(f"{' '.join(devices)}: {sum(counts)} devices for --job {num_workers}; name each type once, "
-                          f"and 1 to {num_workers} devices, a worker being the least that one can host")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{' '.join(devices)}: type {twice!r} is given {names.count(twice)} times; name it once")
+    if sum(counts) > num_workers:
+        raise ConfigError(f"{' '.join(devices)}: {sum(counts)} devices for --job {num_workers}, which can use at most "
+                          f"{num_workers}, one for each worker; take devices away or raise --job")
     share, used = best_share(counts, rates, num_workers), trimmed(counts, rates, num_workers)
     lines = [f"elastic.num_workers={num_workers} 'elastic.shares={[each for each in share.by_device if each]}'",
              f"step {share.step_s:.4g} s, {share.throughput:.4g} mini-batches/s, waste {share.waste:.1%}"]
@@ -49,13 +55,15 @@ def run_schedule(path: Path, overrides: Sequence[str], out: Path) -> None:
     """Simulate every policy of the file, print the table, write ``schedule.json`` and ``schedule.html``."""
     simulation = load_config(Simulation, path, overrides)
     jobs = all_jobs(simulation)
+    _make_directory(out)
     outcomes = [simulate(simulation.cluster, jobs, policy, simulation.pause_s, simulation.settle_s)
                 for policy in simulation.policies]
     measures = [measure(outcome) for outcome in outcomes]
     rows = [_row(each, measures[0]) for each in measures]
-    table = make_table(f"{simulation.name}: time from arrival to end of {len(jobs)} jobs", _COLUMNS, _COLUMNS[1:])
-    for row in rows:
-        table.add_row(*row)
+    head, *lines = zip(_COLUMNS, *rows, strict=True)
+    table = make_table(f"{simulation.name}: time from arrival to end of {len(jobs)} jobs", head, head[1:], space=1)
+    for line in lines:
+        table.add_row(*line)
     console = make_console()
     console.print(table)
     end = max(measure["makespan_s"] for measure in measures)
@@ -63,12 +71,12 @@ def run_schedule(path: Path, overrides: Sequence[str], out: Path) -> None:
     content = {"name": simulation.name, "policies": [{**each, "jobs": _job_rows(outcome)} for each, outcome in zip(
         measures, outcomes, strict=True)]}
     try:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "schedule.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write --out {out}: {error.strerror}; give another directory") from None
     write_page(out / "schedule.html", "schedule.html.j2", title=simulation.name, about=f"{len(jobs)} jobs on {devices}",
                table={"head": [(name, name != "policy") for name in _COLUMNS], "rows": rows},
+               names=[job.name for job in jobs] if len(jobs) <= charts.NUM_JOB_COLOURS else None,
                charts=[(outcome.policy, _caption(outcome), _gantt(outcome, simulation, end))
                        for outcome in outcomes])
     console.print(f"page: {out / 'schedule.html'}", soft_wrap=True)
@@ -91,6 +99,16 @@ def measure(outcome: Outcome) -> dict[str, Any]:
         "held": sum((each.end_s - each.start_s) * len(each.devices) for each in outcome.segments) / there,
         "busy": sum(each.steps * each.busy_s for each in outcome.segments) / there,
         "resizes": sum(job.resizes for job, *_ in finished) / len(finished)}
+
+
+def _make_directory(out: Path) -> None:
+    """Made before the simulation, which may take minutes."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write --out {out}: {error.strerror}; give another directory") from None
+    if not os.access(out, os.W_OK):
+        raise ConfigError(f"cannot write --out {out}: no permission; give another directory")
 
 
 def _row(own: dict[str, Any], first: dict[str, Any]) -> list[str]:
@@ -116,13 +134,17 @@ def _gantt(outcome: Outcome, simulation: Simulation, end_s: float) -> Markup:
     shrink = min(1.0, _MOST_ROWS / sum(most.values()))
     rows = {i: round(count * shrink) for i, count in most.items()}
     first = {i: sum(rows[other] for other in range(i)) for i in rows}
-    bars, labels = [], []
+    bars, labels = list[tuple[int, int, float, float, int]](), list[tuple[int, int, float, float, str]]()
     for each in outcome.segments:
-        own = [first[kind] + number for kind, number in each.devices if number < rows[kind]]
+        own = sorted((kind, first[kind] + number) for kind, number in each.devices if number < rows[kind])
         start, stop = each.start_s / 3600, each.end_s / 3600
-        bars += [(row, start, stop, each.job) for row in own]
-        if own and stop - start > 0.08 * end_s / 3600:
-            labels.append((own[0] + 0.5, (start + stop) / 2, outcome.jobs[each.job].spec.name))
+        # Rows of a type side by side are one bar: rows less their places are equal there. The largest bears the name.
+        blocks = [[row for _, (_, row) in block] for _, block in groupby(
+            enumerate(own), lambda entry: (entry[1][0], entry[1][1] - entry[0]))]
+        bars += [(block[0], block[-1] + 1, start, stop, each.job) for block in blocks]
+        if blocks:
+            block = max(blocks, key=len)
+            labels.append((block[0], block[-1] + 1, start, stop, outcome.jobs[each.job].spec.name))
     names = list(simulation.cluster.devices)
     bands = [(f"{names[i]} ({rows[i]} of {most[i]})" if rows[i] < most[i] else names[i], rows[i]) for i in rows]
     return charts.gantt(f"gantt-{outcome.policy}", bars, [band for band in bands if band[1]], end_s / 3600, labels)

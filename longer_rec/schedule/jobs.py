@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from typing import Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
 import pydantic
@@ -13,8 +13,19 @@ from longer_rec.schedule.devices import Rates
 
 PolicyName = Literal["gang", "backfill", "homogeneous", "easyscale"]
 Positive = pydantic.Field(gt=0)
+EntriesT = TypeVar("EntriesT", dict[str, int], dict[str, float], dict[int, float], tuple[PolicyName, ...])
 
 _MOST_TIMES_MEDIAN = 100
+
+
+def _check_entries(entries: EntriesT) -> EntriesT:
+    """In place of pydantic's ``min_length``, which counts a faulty entry as none and tells of two faults."""
+    if not entries:
+        raise ValueError("0 entries are given, 1 is the least; add one")
+    return entries
+
+
+Some = Annotated[EntriesT, pydantic.AfterValidator(_check_entries)]
 
 
 class Change(Config):
@@ -26,7 +37,7 @@ class Change(Config):
 
 
 class Cluster(Config):
-    devices: dict[str, int] = pydantic.Field(min_length=1, description="device type -> how many")
+    devices: Some[dict[str, int]] = pydantic.Field(description="device type -> how many")
     changes: tuple[Change, ...] = ()
 
     @pydantic.model_validator(mode="after")
@@ -50,7 +61,7 @@ class ClusterJob(Config):
     num_workers: int = pydantic.Field(ge=1)
     arrival_s: float = pydantic.Field(0.0, ge=0)
     mini_batches: int = pydantic.Field(ge=1)
-    rates: dict[str, float] = pydantic.Field(min_length=1)
+    rates: Some[dict[str, float]]
     exchange_s: float = pydantic.Field(0.0, ge=0)
 
     @pydantic.field_validator("rates")
@@ -78,13 +89,13 @@ class Workload(Config):
     """
 
     kind: Literal["poisson", "trace"] = "poisson"
-    num_jobs: int = pydantic.Field(ge=1)
+    num_jobs: int = pydantic.Field(ge=1, le=100_000)
     load: float = Positive
-    speeds: dict[str, float] = pydantic.Field(min_length=1, description="relative speed of each device type")
+    speeds: Some[dict[str, float]] = pydantic.Field(description="relative speed of each device type")
     median_s: float = pydantic.Field(3600.0, gt=0)
     sigma: float = pydantic.Field(1.2, ge=0, description="of the logarithm of the durations")
-    sizes: dict[int, float] = pydantic.Field({1: 0.4, 2: 0.15, 4: 0.2, 8: 0.15, 16: 0.1}, min_length=1,
-                                             description="W -> share of the jobs")
+    sizes: Some[dict[int, float]] = pydantic.Field({1: 0.4, 2: 0.15, 4: 0.2, 8: 0.15, 16: 0.1},
+                                                   description="W -> share of the jobs")
     exchange: float = pydantic.Field(0.0, ge=0, description="exchange_s in mini-batches of the fastest type")
     seed: int = 0
 
@@ -98,7 +109,15 @@ class Simulation(Config):
     workload: Workload | None = None
     pause_s: float = pydantic.Field(10.0, ge=0)
     settle_s: float = pydantic.Field(60.0, ge=0)
-    policies: tuple[PolicyName, ...] = pydantic.Field(("gang", "backfill", "homogeneous", "easyscale"), min_length=1)
+    policies: Some[tuple[PolicyName, ...]] = ("gang", "backfill", "homogeneous", "easyscale")
+
+    @pydantic.field_validator("policies")
+    @classmethod
+    def _check_policies(cls, policies: tuple[PolicyName, ...]) -> tuple[PolicyName, ...]:
+        for name, count in Counter(policies).items():
+            if count > 1:
+                raise ValueError(f"{name!r} is given {count} times; give it once")
+        return policies
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from longer_rec.config import load_config
 from longer_rec.errors import ConfigError
+from longer_rec.report import charts
+from longer_rec.report.numbers import format_duration
 from longer_rec.schedule.command import measure, run_schedule, share_lines
 from longer_rec.schedule.devices import MAX_WASTE, Share, best_share, growths, least_loss, throughput, trimmed
 from longer_rec.schedule.jobs import Change, Cluster, ClusterJob, Simulation, Workload, all_jobs, draw_jobs
@@ -267,8 +269,8 @@ JOB = "{name: a, num_workers: 2, mini_batches: 10, rates: {gpu: 1.0}}"
     (f"[{JOB}, {JOB}]", "{gpu: 4}", r"jobs: name 'a' is given twice; rename one of them"),
     (f"[{JOB}]", "{tpu: 4}", r"job 'a': rates: device type 'gpu' is unknown; use one of tpu"),
     (f"[{JOB}]", "{gpu: 0}", r"cluster: devices=\{'gpu': 0\}: no count may be below 0 and one must be above; add"),
-    (f"[{JOB}]", "{}", r"cluster\.devices=\{\}: .*at least 1 item"),
-    (f"[{JOB.replace('gpu: 1.0', '')}]", "{gpu: 4}", r"jobs\.0\.rates=\{\}: .*at least 1 item"),
+    (f"[{JOB}]", "{}", r"cluster\.devices: 0 entries are given, 1 is the least; add one$"),
+    (f"[{JOB.replace('gpu: 1.0', '')}]", "{gpu: 4}", r"jobs\.0\.rates: 0 entries are given, 1 is the least; add one$"),
     (f"[{JOB.replace('1.0', '0.0')}]", "{gpu: 4}", r"gpu=0\.0 must be above 0 mini-batches a second; measure it"),
     (f"[{JOB.replace('10', '-10')}]", "{gpu: 4}", r"jobs\.0\.mini_batches=-10: .*greater than or equal to 1"),
     (f"[{JOB.replace('num_workers: 2', 'num_workers: 8')}]", "{gpu: 4}",
@@ -282,7 +284,47 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, jobs: str, devices: s
         run_schedule(path, [], tmp_path / "out")
     assert re.search(message, str(caught.value)), caught.value
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("workload.num_jobs=100000000", r"workload\.num_jobs=100000000: .*less than or equal to 100000"),
+    ("policies=[]", r"policies: 0 entries are given, 1 is the least; add one"),
+    ("policies=[foo]", r"policies\.0='foo': input should be 'gang', 'backfill', 'homogeneous' or 'easyscale'"),
+    ("policies=[gang, gang]", r"policies: 'gang' is given 2 times; give it once"),
+])
+def test_a_bad_setting_is_one_fault(setting: str, message: str) -> None:
+    path = next(path for path in CONFIGS if path.stem == "heterogeneous")
+    with pytest.raises(ConfigError, match=rf"^[^:]*: {message}$"):
+        load_config(Simulation, path, [setting])
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_simulating(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("longer_rec.schedule.command.simulate", lambda *_: pytest.fail("simulated"))
+    with pytest.raises(ConfigError, match=r"cannot write --out .*file/s: Not a directory; give another directory"):
+        run_schedule(CONFIGS[0], [], tmp_path / "file" / "s")
+
+
+def test_the_table_fits_80_columns_and_keeps_every_figure(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    run_schedule(next(path for path in CONFIGS if path.stem == "heterogeneous"), [], tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[:-1])) <= 80
+    measures = json.loads((tmp_path / "schedule.json").read_text())["policies"]
+    for name in ("mean", "p50", "p90", "waiting", "makespan"):
+        line = next(line for line in lines if line.split()[0] == name)
+        assert re.split(r" {2,}", line.strip())[1:] == [format_duration(each[f"{name}_s"]) for each in measures]
+
+
+def test_a_bar_is_labelled_where_its_name_fits() -> None:
+    bars = [(0, 2, 0.0, 5.0, 0), (0, 2, 5.0, 5.1, 1), (2, 3, 0.0, 9.0, 2)]
+    svg = charts.gantt("g", bars, [("gpu", 3)], 10.0, [(*bar[:4], f"name-{bar[4]}") for bar in bars])
+    assert re.findall(r"name-\d", re.sub(r"<!--.*?-->", "", svg)) == ["name-0", "name-2"]
+    many = charts.gantt("g", bars, [("gpu", 128)], 10.0, [(*bar[:4], f"name-{bar[4]}") for bar in bars])
+    assert re.findall(r"name-\d", re.sub(r"<!--.*?-->", "", many)) == ["name-0"], "a row of 128 is lower than a name"
 
 
 def test_shares_of_one_job_are_told_as_settings() -> None:
@@ -293,10 +335,11 @@ def test_shares_of_one_job_are_told_as_settings() -> None:
 
 
 @pytest.mark.parametrize(("num_workers", "devices", "message"), [
-    (4, ["v100=8x3.1"], r"8 devices for --job 4; .* 1 to 4 devices"),
+    (4, [], r"--job 4: TYPE=COUNTxRATE of its devices is missing; give such as v100=2x3\.1"),
+    (4, ["v100=8x3.1"], r"8 devices for --job 4, which can use at most 4, one for each worker; take .* away"),
     (4, ["v100=two"], r"'v100=two' is not TYPE=COUNTxRATE above 0; give such as"),
     (4, ["v100=2x0"], r"'v100=2x0' is not TYPE=COUNTxRATE above 0"),
-    (4, ["v100=1x1", "v100=1x1"], r"name each type once"),
+    (4, ["v100=1x1", "v100=1x1"], r"type 'v100' is given 2 times; name it once"),
 ])
 def test_shares_of_impossible_devices_are_refused(num_workers: int, devices: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
