@@ -290,6 +290,8 @@ def report(
     from longer_rec.report.compare import write_comparison
     from longer_rec.report.html import write_report
 
+    if out is not None and out.is_dir():
+        raise ConfigError(f"--out={out} is a directory; name a file, such as {out / 'comparison.html'}")
     if len(run_dirs) > 1:
         typer.echo(write_comparison(run_dirs, out))
     elif out is not None:

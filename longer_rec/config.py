@@ -20,6 +20,8 @@ from longer_rec.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 
+_SHOWN_FAULTS = 4
+
 
 class Config(pydantic.BaseModel):
     """Frozen, strict about keys, validated once at construction."""
@@ -78,6 +80,11 @@ def apply_overrides(content: Mapping[str, Any], overrides: Sequence[str]) -> dic
             node[leaf] = yaml.load(text, _UniqueKeyLoader)  # noqa: S506
         except yaml.YAMLError:
             raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+        if isinstance(node[leaf], dict) and (
+                tight := [key for key, value in node[leaf].items() if value is None and ":" in str(key)]):
+            key, _, value = str(tight[0]).partition(":")
+            raise ConfigError(f"override {override!r}: {tight[0]!r} has no value; write {{{key}: {value or '...'}}}, "
+                              "with a space behind the colon")
     return merged
 
 
@@ -89,7 +96,9 @@ def build_config(config_type: type[ConfigT], content: Mapping[str, Any], source:
     try:
         return config_type.model_validate_json(json.dumps(content, default=str), strict=True)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(config_type, content, error))) from None
+        faults = list(_explain(config_type, content, error))
+        more = [f"and {len(faults) - _SHOWN_FAULTS} more faults"] * (len(faults) > _SHOWN_FAULTS)
+        raise ConfigError(f"{source}: " + "; ".join([*faults[:_SHOWN_FAULTS], *more])) from None
 
 
 def load_config(config_type: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:

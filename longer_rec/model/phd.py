@@ -21,7 +21,7 @@ from longer_rec.model.sampling import Queries, Sampling
 class PHDConfig(Config):
     """``window`` counts hidden tokens, R - 1 a position; ``chunk`` counts queries, of which only the newest matter."""
 
-    copies: int = pydantic.Field(2, ge=1, description="R: the original and R - 1 hidden copies")
+    copies: int = pydantic.Field(2, ge=1, le=64, description="R: the original and R - 1 hidden copies")
     window: int = pydantic.Field(0, ge=0, description="W; 0: hidden copies of candidates alone")
     chunk: int = pydantic.Field(0, ge=0, description="C: the newest queries, which have hidden copies too")
     copy_embedding: bool = pydantic.Field(True, description="a learned vector tells each hidden copy from its original")

@@ -182,7 +182,8 @@ def _refuse_changed(task: Task, dataset: Dataset, directory: Path) -> None:
         fingerprint = read_run(task.job.run_dir)["data"]["fingerprint"]
         changed += ["the data's fingerprint"] * (fingerprint != dataset.fingerprint)
     if changed:
-        raise ConfigError(f"{before} was made for other settings (differs in {', '.join(changed)}); remove "
+        raise ConfigError(f"{before} was made for other settings (differs in {', '.join(changed)}"
+                          f"{'; epochs follow from budget_s' * ('train.epochs' in changed)}); remove "
                           f"{before.parent} to run it anew, or give the study another out than {directory}")
 
 
@@ -200,7 +201,7 @@ def _writing(directory: Path) -> Iterator[None]:
 def _only_here(directory: Path) -> Iterator[None]:
     """One study a directory. Runs inherit the lock: those of a study that was killed are waited for."""
     with (directory / "lock").open("a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + _ENDING_S
+        deadline, told = time.monotonic() + _ENDING_S, False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,6 +212,9 @@ def _only_here(directory: Path) -> Iterator[None]:
                 if (holder.isdigit() and psutil.pid_exists(int(holder))) or time.monotonic() > deadline:
                     raise ConfigError(f"{directory} is in use by process {holder}; wait for it, or give the study "
                                       "another out") from None
+                if not told:
+                    print(f"waiting for the runs of an earlier study in {directory} to save and end", flush=True)
+                told = True
                 time.sleep(0.2)
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -16,6 +16,7 @@ from longer_rec.job import Job
 
 Overrides = tuple[str, ...]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_OWN_KEYS = {"seed": "list seeds", "name": "name the model", "run_dir": "set out", "baselines": "add them to models"}
 Quantity = Literal["max_events", "dense_parameters", "gflops"]
 
 
@@ -32,9 +33,9 @@ class StudyConfig(Config):
     out: Path | None = pydantic.Field(None, description="None: runs/studies/<name>")
     common: Overrides = ()
     data: dict[str, Overrides] = {}
-    models: dict[str, Overrides] = pydantic.Field(min_length=1)
+    models: dict[str, Overrides]
     grid: dict[str, dict[str, Overrides]] = {}
-    seeds: tuple[int, ...] = pydantic.Field((0, 1, 2), min_length=1)
+    seeds: tuple[int, ...] = (0, 1, 2)
     reference: str | None = pydantic.Field(None, description="the model that differences are to")
     budget_s: float | None = pydantic.Field(None, gt=0, description="training seconds of each run")
     probe_steps: int = pydantic.Field(40, ge=1, description="steps from which a model's speed is measured")
@@ -55,10 +56,19 @@ class StudyConfig(Config):
         for name in names:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{name!r} becomes a directory; use letters, digits and . _ + -")
+        for key in ("models", "seeds"):
+            if not getattr(self, key):
+                raise ValueError(f"{key} is empty; name at least one")
+        overrides = [self.common, *self.data.values(), *self.models.values(), *self.search.values(),
+                     *(each for points in self.grid.values() for each in points.values())]
+        for override in (text for texts in overrides for text in texts):
+            if (key := re.split(r"[=.]", override)[0]) in _OWN_KEYS:
+                raise ValueError(f"{override!r}: a study gives each run its {key} itself; {_OWN_KEYS[key]}")
         if empty := [axis for axis, points in self.grid.items() if not points]:
             raise ValueError(f"grid.{empty[0]} has no point; name one or remove it")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds={list(self.seeds)} holds a seed twice; a run is a function of its seed")
+            raise ValueError(f"seeds={list(self.seeds)} holds a seed twice, and a run is a function of its seed; "
+                             "give each once")
         if self.reference is not None and self.reference not in self.models:
             near = difflib.get_close_matches(self.reference, self.models, n=1)
             raise ValueError(f"reference={self.reference!r} is no model; " + (

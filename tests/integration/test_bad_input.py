@@ -51,6 +51,7 @@ def assert_one_line(outcome: Outcome, message: str) -> None:
     ("sparse.plan={item: rowwise}", r"sparse\.plan\.item='rowwise': input should be 'table_wise', 'row_wise'"),
     ("model={kind: longr}", r"model\.kind='longr' is unknown; use one of 'longer', 'transformer', 'no_seq"),
     ("model={width: 8}", r"'model\.kind' is missing; add it"),
+    ("model={kind:longer}", r"'kind:longer' has no value; write \{kind: longer\}, with a space behind the colon"),
     ("model.width", r"override 'model\.width' is not of the form key\.sub=value"),
     ("name.first=x", r"override 'name\.first=x': 'name' is 'synthetic_debug', not a group of keys"),
     ("baselines={a: ['model.widht=1']}", r"baselines\.a: unknown key 'model\.widht'; did you mean 'width'\?"),

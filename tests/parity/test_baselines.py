@@ -130,6 +130,8 @@ def test_low_precision_determinism_and_nothing_at_all(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("settings", "message"), [
+    ({"kind": "din", "num_recent": 5000}, "num_recent=5000 is more than the .* of data.max_events; lower"),
+    ({"kind": "din", "interaction": {"placement": "added"}}, "placement=added adds to .*; leave placement out"),
     ({"kind": "din", "interaction": {"to_head": False}}, "to_head=false leaves a baseline's statistics unread; set it"),
     ({"kind": "transformer", "num_queries": 3}, "num_queries=3 has no meaning with model.sampling=all"),
     ({"kind": "sim_hard", "search_feature": "colour"}, "search_feature='colour' is no item feature .*item, category"),

@@ -36,12 +36,12 @@ def test_the_grid_is_crossed_in_the_order_of_the_file(tmp_path):
 
 
 def test_later_overrides_win_and_baselines_are_not_run(tmp_path):
-    _, grid = load(tmp_path, common=["data.max_events=1", "seed=1", "baselines={x: []}"],
+    _, grid = load(tmp_path, common=["data.max_events=1", "dense.lr=0.5"],
                    data={"d": ["data.max_events=2", "data.batch_requests=2"]},
                    models={"m": ["data.max_events=3", "data.batch_requests=3"]},
                    grid={"g": {"p": ["data.max_events=4"]}})
     job = grid[0].job(Path("x"))
-    assert (job.seed, job.data.batch_requests, job.data.max_events) == (1, 2, 4)
+    assert (job.dense.lr, job.data.batch_requests, job.data.max_events) == (0.5, 2, 4)
     assert not load(tmp_path)[1][0].job(Path("x")).baselines
 
 
@@ -57,11 +57,11 @@ def test_equal_time_is_a_number_of_epochs():
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"modles": {}}, r"unknown key 'modles'; did you mean 'models'\?"),
-    ({"models": {}}, r"models=\{\}: dictionary should have at least 1 item"),
+    ({"models": {}}, r"models is empty; name at least one"),
     ({"reference": "c"}, r"reference='c' is no model; use one of a, b"),
     ({"models": {"longer": []}, "reference": "longr"}, r"reference='longr' is no model; did you mean 'longer'\?"),
     ({"seeds": [0, 1, 0]}, r"seeds=\[0, 1, 0\] holds a seed twice"),
-    ({"seeds": []}, r"seeds=\[\]: tuple should have at least 1 item"),
+    ({"seeds": []}, r"seeds is empty; name at least one"),
     ({"base": "nowhere.yaml"}, r"cannot read .*nowhere\.yaml: .*give the path of a YAML file"),
     ({"budget_s": 0}, r"budget_s=0: input should be greater than 0"),
     ({"budget_s": -3}, r"budget_s=-3: input should be greater than 0"),
@@ -74,6 +74,8 @@ def test_equal_time_is_a_number_of_epochs():
     ({"models": {"a": ["model.widht=8"]}, "grid": {"L": {"50": ["data.max_events=50"]}}},
      r"models\.a \(L 50\): unknown key 'model\.widht'; did you mean 'width'\?"),
     ({"grid": {"L": {"50": ["data.max_events=0"]}}}, r"models\.a \(L 50\): data\.max_events=0: input should be"),
+    ({"common": ["seed=3"]}, r"'seed=3': a study gives each run its seed itself; list seeds"),
+    ({"models": {"a": ["run_dir=b"]}}, r"'run_dir=b': a study gives each run its run_dir itself; set out"),
     ({"common": ["nonsense"]}, r"models\.a: override 'nonsense' is not of the form key\.sub=value"),
     ({"search": {"x": ["dense.lr=-1"]}, "search_budget_s": 1}, r"models\.a: dense\.lr=-1: input should be greater"),
     ({"models": {"a": ["train.epochs=3"]}, "budget_s": 5}, r"models\.a: train\.epochs=3 has no effect beside budget_s"),

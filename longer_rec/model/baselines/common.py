@@ -22,7 +22,7 @@ from longer_rec.model.tokens import EventTokens
 
 
 class BaselineConfig(Config):
-    """``interaction``: the statistics' MLP straight into the head; its ``placement`` is of LONGER's tokens alone."""
+    """``interaction``: the statistics' MLP straight into the head; it has no token of its own."""
 
     interaction: InteractionConfig | None = None
     head: HeadConfig = HeadConfig()
@@ -45,6 +45,9 @@ class Baseline(nn.Module):
         super().__init__()
         if not widths.item:
             raise ConfigError("the tower needs at least one item feature; add one to the schema")
+        if config.interaction is not None and config.interaction.placement == "added":
+            raise ConfigError("model.interaction.placement=added adds to a candidate's token, which a baseline does "
+                              "not attend with; leave placement out")
         if config.interaction is not None and not config.interaction.to_head:
             raise ConfigError("model.interaction.to_head=false leaves a baseline's statistics unread; set it to true "
                               "or model.interaction to null")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longer_rec.errors import ConfigError
 from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, no_inputs
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, keep_newest
 from longer_rec.model.state import LayerCache, UserState
@@ -30,7 +31,10 @@ class DinTower(SequenceTower):
 
     def __init__(self, config: DinConfig, widths: InputWidths, num_tasks: int, max_events: int) -> None:
         super().__init__(config, widths, num_tasks, max_events, 2 * config.width)
-        self.num_recent = min(config.num_recent or max_events, max_events)
+        self.num_recent = config.num_recent or max_events
+        if self.num_recent > max_events:
+            raise ConfigError(f"model.num_recent={self.num_recent} is more than the {max_events} events of "
+                              "data.max_events; lower it, or null for all of them")
         self.normalisation = config.normalisation
         self.norm = nn.LayerNorm(config.width)
         self.activation = ActivationUnit(config.width, config.activation_hidden)
