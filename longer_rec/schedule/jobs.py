@@ -16,6 +16,7 @@ Positive = pydantic.Field(gt=0)
 EntriesT = TypeVar("EntriesT", dict[str, int], dict[str, float], dict[int, float], tuple[PolicyName, ...])
 
 _MOST_TIMES_MEDIAN = 100
+_MOST_DEVICES = 100_000
 
 
 def _check_entries(entries: EntriesT) -> EntriesT:
@@ -44,6 +45,8 @@ class Cluster(Config):
     def _check(self) -> Self:
         if min(self.devices.values()) < 0 or not any(self.devices.values()):
             raise ValueError(f"devices={self.devices}: no count may be below 0 and one must be above; add devices")
+        if (most := max(*self.devices.values(), *(change.count for change in self.changes), 0)) > _MOST_DEVICES:
+            raise ValueError(f"{most} devices of a type are more than the {_MOST_DEVICES} to simulate; use fewer")
         for change in self.changes:
             if change.type not in self.devices:
                 raise ValueError(f"changes: device type {change.type!r} is unknown; use one of "
@@ -89,7 +92,7 @@ class Workload(Config):
     """
 
     kind: Literal["poisson", "trace"] = "poisson"
-    num_jobs: int = pydantic.Field(ge=1, le=100_000)
+    num_jobs: int = pydantic.Field(ge=1, le=20_000)
     load: float = Positive
     speeds: Some[dict[str, float]] = pydantic.Field(description="relative speed of each device type")
     median_s: float = pydantic.Field(3600.0, gt=0)
