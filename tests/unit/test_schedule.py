@@ -289,7 +289,8 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, jobs: str, devices: s
 
 @pytest.mark.parametrize(("setting", "message"), [
     ("workload.num_jobs=100000000", r"workload\.num_jobs=100000000: .*less than or equal to 20000"),
-    ("cluster.devices={v100: 1000000000}", r"cluster: 1000000000 devices of a type are more than the 100000 to simulate; use fewer"),
+    ("cluster.devices={v100: 1000000000}",
+     r"cluster: 1000000000 devices of a type are more than the 100000 to simulate; use fewer"),
     ("policies=[]", r"policies: 0 entries are given, 1 is the least; add one"),
     ("policies=[foo]", r"policies\.0='foo': input should be 'gang', 'backfill', 'homogeneous' or 'easyscale'"),
     ("policies=[gang, gang]", r"policies: 'gang' is given 2 times; give it once"),
