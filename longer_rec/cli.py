@@ -183,6 +183,7 @@ def diff(first: Path, second: Path, detail: Detail = False) -> None:
 
 @app.command()
 def plan(
+    context: typer.Context,
     configs: Annotated[list[str], typer.Argument(
         metavar="CONFIG [KEY.SUB=VALUE]...", help="YAML file and settings on top; with --diff, two plan files")],
     topology: Annotated[list[str] | None, typer.Option(
@@ -202,6 +203,8 @@ def plan(
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from longer_rec.plan.command import Request, calibrate_job, diff_plans, plan_job
 
+    if diff or calibrate is not None:
+        _refuse_beside(context, *(("diff",) if diff else ("calibrate", "out")))
     if diff:
         typer.echo("\n".join(diff_plans(configs)))
         return
@@ -213,6 +216,14 @@ def plan(
     elif not plan_job(job, Request(topology or ["auto"], proposer, partitioner, sweep or (), constrain or (), out,
                                    calibration)):
         raise typer.Exit(1)
+
+
+def _refuse_beside(context: typer.Context, mode: str, *allowed: str) -> None:
+    given = [f"--{name}" for name in context.params if name not in ("configs", mode, *allowed)
+             and (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"]
+    if given:
+        raise ConfigError(f"--{mode} goes without {', '.join(given)}; leave {'them' if given[1:] else 'it'} out, or "
+                          f"leave --{mode} out")
 
 
 @app.command()

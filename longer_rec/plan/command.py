@@ -24,7 +24,7 @@ from longer_rec.report.plan_page import write_plan_page
 from longer_rec.report.terminal import make_console
 from longer_rec.runtime.distributed import World
 from longer_rec.runtime.logging import quiet_libraries
-from longer_rec.sparse.planfile import load_plan, plan_differences, plan_hash, save_plan
+from longer_rec.sparse.planfile import load_plan, plan_hash, save_plan
 from longer_rec.sparse.planner import check_plan
 from longer_rec.sparse.search import PARTITIONERS, PROPOSERS
 
@@ -189,8 +189,9 @@ def calibrate_job(job: Job, ranks: str, out: Path, measure: Measure) -> None:
 def diff_plans(files: Sequence[str]) -> list[str]:
     """What differs between two plan files, their hashes first."""
     if len(files) != 2:
-        raise ConfigError(f"--diff compares two plan files, {len(files)} are given")
+        raise ConfigError(f"--diff compares two plan files, not {len(files)}; give two, such as plan/plan.json "
+                          "runs/first/plan.json")
     first, second = (load_plan(Path(file)) for file in files)
     if plan_hash(first) == plan_hash(second):
         return [f"{plan_hash(first)}: the same plan"]
-    return [f"{plan_hash(first)} -> {plan_hash(second)}", *plan_differences(first, second)]
+    return [f"{plan_hash(first)} -> {plan_hash(second)}", *show.plan_differences(first, second)]

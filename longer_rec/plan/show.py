@@ -11,8 +11,11 @@ from longer_rec.plan.scenario import KINDS, Outcome
 from longer_rec.plan.whatif import Need, Remedy, Sweep
 from longer_rec.report.numbers import MISSING, format_bytes, format_count, format_ranks
 from longer_rec.report.terminal import make_table
+from longer_rec.sparse.planfile import SparsePlan, TablePlan
 
 Grid = dict[str, Any]
+# Fields of a table that a comparison tells.
+_TOLD = frozenset(("rows", "dim", "pooled", "sharding_type", "kernel", "ranks", "cache_load_factor", "cache_policy"))
 
 
 def make_grid(head: str, numeric: str, rows: Sequence[Sequence[str]], **more: Any) -> Grid:
@@ -25,8 +28,6 @@ def print_grid(console: Console, title: str, grid: Grid) -> None:
     table = make_table(None, [name for name, _ in grid["head"]], [name for name, numeric in grid["head"] if numeric],
                        space=1 + (console.width > 100))
     table.pad_edge, table.collapse_padding = False, True
-    for column, (_, numeric) in zip(table.columns, grid["head"], strict=True):
-        column.no_wrap, column.overflow = numeric, "fold"
     for number, row in enumerate(grid["rows"]):
         table.add_row(*map(escape, row), style="bold" if number == grid.get("own") else None)
     console.print(f"[bold]{title}[/]", table, sep="\n")
@@ -114,6 +115,30 @@ def sweep_section(sweep: Sweep, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "ms": {name: [1000 * one.total_s for one in ones] for name, ones in series.items()},
         "limit": limits[0] if all(each == limits[0] for each in limits) else None,
         "table": make_grid("|".join([*sweep.names, numeric]), numeric, rows)}
+
+
+def plan_differences(first: SparsePlan, second: SparsePlan) -> list[str]:
+    """A line for each thing that differs; none for plans that do the same."""
+    old, new = ({**{name: getattr(plan, name) for name in ("world_size", "ranks_per_host", "device")},
+                 **{f"table {table.table!r}": table for table in plan.tables}} for plan in (first, second))
+    lines = []
+    for key in dict.fromkeys((*old, *new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, TablePlan) and isinstance(after, TablePlan):
+            changed = [name for name in TablePlan.model_fields if getattr(before, name) != getattr(after, name)]
+            # Blocks follow from ranks and type, unless they are all that differs.
+            told = [f"{name} {_told(before, name)} -> {_told(after, name)}" for name in changed if name in _TOLD]
+            lines += [f"{key}: {', '.join(told or ['the same ranks hold other blocks of it'])}"] if changed else []
+        elif before is None or after is None:
+            lines.append(f"{key}: only in the {'second' if before is None else 'first'}")
+        elif before != after:
+            lines.append(f"{key}: {before} -> {after}")
+    return lines
+
+
+def _told(table: TablePlan, name: str) -> str:
+    value = getattr(table, name)
+    return format_ranks(value) if name == "ranks" else str(value)
 
 
 def _ms(seconds: float) -> str:

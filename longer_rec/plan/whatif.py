@@ -95,7 +95,8 @@ def _change(scenario: Scenario, name: str, value: str) -> Scenario:
     except ValueError:
         number = 0
     if not 0 < number <= most:
-        raise ConfigError(f"{where} is not a number that can be planned for; use one above 0, up to {most}")
+        bounds = f"a whole number from 1 to {most}" if convert is int else f"a number above 0, up to {most}"
+        raise ConfigError(f"{where} cannot be planned for; use {bounds}")
     changed = scenario.change(**{key: number})
     check_ranks(changed.hardware, where)
     return changed
@@ -201,23 +202,34 @@ def _grown(size: int) -> list[int]:
 
 
 def parse_constraints(texts: Sequence[str]) -> Mapping[str, Choice]:
-    """``item=row_wise+fused_uvm`` and its like: sharding types, kernels and ``columns:N`` of one table."""
+    """``item=row_wise+fused_uvm`` and its like: sharding types, a kernel and ``columns:N`` of one table."""
     choices: dict[str, Choice] = {}
     for text in texts:
         table, _, tail = text.partition("=")
         words = tail.split("+")
-        if not tail or table in choices or len(set(words)) < len(words):
-            raise ConfigError(f"--constrain {text!r} cannot be read, or says something twice; use each TABLE once as "
-                              "TABLE=TYPE+KERNEL, such as item=row_wise+fused_uvm or item=column_wise+columns:16")
+        if not table or not all(words):
+            raise ConfigError(f"--constrain {text!r} cannot be read; use TABLE=TYPE+KERNEL, such as "
+                              "item=row_wise+fused")
+        if table in choices:
+            raise ConfigError(f"--constrain {text!r}: table {table!r} has a constraint already; say all of a table in "
+                              "one, such as item=row_wise+fused")
+        if twice := next((word for word in words if words.count(word) > 1), None):
+            raise ConfigError(f"--constrain {text!r} says {twice} twice; keep one of them")
         choice = Choice()
         for word in words:
             columns = word.removeprefix("columns:")
             if columns != word:
                 if not columns.isdecimal() or int(columns) < 1 or int(columns) % DIM_MULTIPLE:
-                    raise ConfigError(f"--constrain {text!r}: {word} is not a positive multiple of {DIM_MULTIPLE}")
+                    raise ConfigError(f"--constrain {text!r}: {word} is not a positive multiple of {DIM_MULTIPLE}; "
+                                      f"use one, such as columns:{4 * DIM_MULTIPLE}")
+                if choice.min_columns:
+                    raise ConfigError(f"--constrain {text!r} gives columns: more than once; keep one of them")
                 choice = replace(choice, min_columns=int(columns))
             elif word.startswith("fused") or word in ("dense", "key_value"):
-                choice = replace(choice, kernels=(*choice.kernels, word))
+                if choice.kernels:
+                    raise ConfigError(f"--constrain {text!r} names two kernels, {choice.kernels[0]} and {word}; a "
+                                      "table has one: keep one of them")
+                choice = replace(choice, kernels=(word,))
             else:
                 choice = replace(choice, sharding_types=(*choice.sharding_types, word))
         choices[table] = choice

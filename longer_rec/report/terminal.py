@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -31,6 +31,7 @@ Row = Mapping[str, Any]
 
 # Rich assumes 80 columns where there is no terminal, and folds tables that a log file has room for.
 _LOG_WIDTH: Final = 140
+_UNBOUNDED: Final = 10_000
 _STATUS_STYLE: Final = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -82,12 +83,26 @@ def doctor_table(checks: "Sequence[Check]", console: Console | None = None) -> N
 
 def make_table(title: str | None, columns: Sequence[str], numeric: Container[str] = (), space: int = 2) -> Table:
     """Borderless; numbers to the right, never cut: where there is little room it is words that fold."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None,
+    table = _FittedTable(title=title, title_justify="left", title_style="bold", header_style="dim", box=None,
                   padding=(0, space))
     for name in columns:
         table.add_column(name, justify="right" if name in numeric else "left", no_wrap=name in numeric,
-                         overflow="fold")
+                         overflow="fold", min_width=max(map(len, name.split()), default=None))
     return table
+
+
+class _FittedTable(Table):
+    """Of too wide a table first the headers of numbers fold between words, then text; no header inside a word."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.__rich_measure__(console, options.update(width=_UNBOUNDED)).maximum > options.max_width:
+            for column in self.columns:
+                if column.no_wrap:
+                    column.header = str(column.header).replace(" ", "\n")
+                # Rich narrows all that wraps to one width, and widens it again beyond the terminal.
+                cells = max((console.measure(cell).maximum for cell in column.cells), default=0)
+                column.no_wrap |= cells <= (column.min_width or 0)
+        yield from super().__rich_console__(console, options)
 
 
 class TrainProgress:

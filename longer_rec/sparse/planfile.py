@@ -19,8 +19,6 @@ from longer_rec.errors import ConfigError
 from longer_rec.sparse.tables import CachePolicy, ShardingName
 
 FLOAT_BYTES = 4
-# Fields of a table that a comparison tells.
-_TOLD = frozenset(("rows", "dim", "pooled", "sharding_type", "kernel", "ranks", "cache_load_factor", "cache_policy"))
 
 
 class Shard(Config):
@@ -113,22 +111,3 @@ def load_plan(path: Path) -> SparsePlan:
 def plan_hash(plan: SparsePlan) -> str:
     """Twelve digits that change with everything a plan says."""
     return config_hash(plan)[:12]
-
-
-def plan_differences(first: SparsePlan, second: SparsePlan) -> list[str]:
-    """A line for each thing that differs; none for plans that do the same."""
-    old, new = ({**{name: getattr(plan, name) for name in ("world_size", "ranks_per_host", "device")},
-                 **{f"table {table.table!r}": table for table in plan.tables}} for plan in (first, second))
-    lines = []
-    for key in dict.fromkeys((*old, *new)):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, TablePlan) and isinstance(after, TablePlan):
-            changed = [name for name in TablePlan.model_fields if getattr(before, name) != getattr(after, name)]
-            # Blocks follow from ranks and type, unless they are all that differs.
-            told = [f"{name} {getattr(before, name)} -> {getattr(after, name)}" for name in changed if name in _TOLD]
-            lines += [f"{key}: {', '.join(told or ['the same ranks hold other blocks of it'])}"] if changed else []
-        elif before is None or after is None:
-            lines.append(f"{key}: only in the {'second' if before is None else 'first'}")
-        elif before != after:
-            lines.append(f"{key}: {before} -> {after}")
-    return lines

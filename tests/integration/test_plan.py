@@ -41,6 +41,9 @@ def test_training_accepts_the_plan_and_holds_what_it_says(commands: CommandServe
     assert load_plan(trained / "plan.json") == plan
     same = commands.run("plan", "--diff", tmp_path / "plan" / "plan.json", trained / "plan.json")
     assert (same.code, len(same.out.splitlines())) == (0, 1)
+    alone = commands.run("plan", "--diff", trained / "plan.json")
+    assert (alone.code, alone.out) == (2, "")
+    assert "--diff compares two plan files, not 1; give two, such as" in alone.err
 
 
 def test_a_plan_for_another_model_is_refused_by_training(commands: CommandServer, synthetic: Path, tmp_path: Path
@@ -105,9 +108,14 @@ def test_tables_behind_too_little_host_memory_are_told_so(commands: CommandServe
     (["--topology", "8x80"], "'80' is not a size"),
     (["--topology", "8x80GB", "--sweep", "gpu=3"], "--sweep 'gpu=3' cannot be read; use one of gpus, batch"),
     (["--topology", "8x80GB", "--sweep", "gpus=12"], "gpus=12: 12 ranks are not whole hosts of 8"),
-    (["--topology", "8x80GB", "--sweep", "batch=none"], "batch=none is not a number"),
+    (["--topology", "8x80GB", "--sweep", "batch=none"], "batch=none cannot be planned for; use a whole number"),
     (["--topology", "8x80GB", *["--sweep", "L=9"] * 2], "--sweep L=9 --sweep L=9: use one or two different axes"),
-    (["--topology", "8x80GB", "--sweep", "gpus=8,1000000000"], "gpus=1000000000 is not a number .* up to 4096"),
+    (["--topology", "8x80GB", "--sweep", "gpus=8,1000000000"], "gpus=1000000000 cannot be planned for; .* to 4096"),
+    (["--topology", "8x80GB", "--sweep", "gpus=3.5"], "gpus=3.5 cannot be planned for; use a whole number from 1 to"),
+    (["--topology", "8x80GB", "--sweep", "rows=0"], "rows=0 cannot be planned for; use a number above 0"),
+    (["--calibrate", "1", "--topology", "8x80GB", "--sweep", "nonsense", "--proposer", "greedy"],
+     "--calibrate goes without --topology, --proposer, --sweep; leave them out, or leave --calibrate out"),
+    (["--diff", "--constrain", "item=fused"], "--diff goes without --constrain, --out; leave them out"),
     (["--topology", "8x80GB", "--sweep", "kernels=fused,ssd"], "--sweep kernels=ssd: .* cannot use kernel 'ssd'"),
     (["--topology", "8x80GB", "--topology", "8x80gb"], "give each machine once"),
     (["--topology", "8x80GB", "--constrain", "item=fused_uvm", "sparse.plan=row_wise"], "both say what tables may be"),

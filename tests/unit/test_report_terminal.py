@@ -16,7 +16,7 @@ from longer_rec.report.numbers import (
     format_metric,
     format_ranks,
 )
-from longer_rec.report.terminal import TrainProgress, doctor_table, plan_table, results_table
+from longer_rec.report.terminal import TrainProgress, doctor_table, make_table, plan_table, results_table
 
 NAN = float("nan")
 
@@ -48,6 +48,29 @@ def test_plan_table_shows_every_table_and_the_sum():
     assert "item 62,105 32 row_wise fused 0–3 7.58 MiB 243 KiB" in lines
     assert "user[b] 100 8 table_wise fused 1 3.12 KiB 400 B" in lines
     assert "2 tables 62,205 7.58 MiB 243 KiB" in lines
+
+
+def test_a_narrow_table_folds_text_and_headers_between_words_and_never_a_number():
+    screen = console(width=60)
+    table = make_table(None, ["proposer", "partitioner", "of which", "fullest rank", "planned in"],
+                       ["fullest rank", "planned in"], space=1)
+    table.add_row("greedy", "perf", "words that fold where there is little room", "1,234.56 GiB", "0.01 s")
+    table.pad_edge, table.collapse_padding = False, True
+    screen.print(table)
+    lines = [line.rstrip() for line in printed(screen).splitlines()]
+    assert max(map(len, lines)) <= 60
+    text = "\n".join(lines)
+    for whole in ("proposer", "partitioner", "of which", "fullest", "planned", "greedy", "1,234.56 GiB", "0.01 s"):
+        assert whole in text, text
+    assert "fullest rank" not in text
+
+
+def test_a_table_that_fits_is_not_folded():
+    screen = console(width=60)
+    table = make_table(None, ["proposer", "fullest rank"], ["fullest rank"])
+    table.add_row("greedy", "1 GiB")
+    screen.print(table)
+    assert squeezed(screen) == ["proposer fullest rank", "greedy 1 GiB"]
 
 
 RESULTS = [
