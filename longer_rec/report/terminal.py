@@ -92,16 +92,27 @@ def make_table(title: str | None, columns: Sequence[str], numeric: Container[str
 
 
 class _FittedTable(Table):
-    """Of too wide a table first the headers of numbers fold between words, then text; no header inside a word."""
+    """Of too wide a table first the headers of numbers fold between words, then text; no header inside a word.
+
+    Where not even that is enough, "0.81 ± 0.01" folds at its spaces.
+    """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = 0
         if self.__rich_measure__(console, options.update(width=_UNBOUNDED)).maximum > options.max_width:
+            self.padding, self.pad_edge, self.collapse_padding = (0, 1), False, True
             for column in self.columns:
                 if column.no_wrap:
                     column.header = str(column.header).replace(" ", "\n")
                 # Rich narrows all that wraps to one width, and widens it again beyond the terminal.
                 cells = max((console.measure(cell).maximum for cell in column.cells), default=0)
                 column.no_wrap |= cells <= (column.min_width or 0)
+                width += 1 + (max(cells, column.min_width or 0) if column.no_wrap else column.min_width or 0)
+            if width > options.max_width:
+                for column in self.columns:
+                    sizes = [console.measure(cell) for cell in column.cells]
+                    column.min_width = max([column.min_width or 0, *(size.minimum for size in sizes)])
+                    column.no_wrap = all(size.maximum <= column.min_width for size in sizes)
         yield from super().__rich_console__(console, options)
 
 

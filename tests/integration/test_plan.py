@@ -114,7 +114,7 @@ def test_tables_behind_too_little_host_memory_are_told_so(commands: CommandServe
     (["--topology", "8x80GB", "--sweep", "gpus=3.5"], "gpus=3.5 cannot be planned for; use a whole number from 1 to"),
     (["--topology", "8x80GB", "--sweep", "rows=0"], "rows=0 cannot be planned for; use a number above 0"),
     (["--calibrate", "1", "--topology", "8x80GB", "--sweep", "nonsense", "--proposer", "greedy"],
-     "--calibrate goes without --topology, --proposer, --sweep; leave them out, or leave --calibrate out"),
+     "--calibrate goes without --topology, --sweep, --proposer; leave them out, or leave --calibrate out"),
     (["--diff", "--constrain", "item=fused"], "--diff goes without --constrain, --out; leave them out"),
     (["--topology", "8x80GB", "--sweep", "kernels=fused,ssd"], "--sweep kernels=ssd: .* cannot use kernel 'ssd'"),
     (["--topology", "8x80GB", "--topology", "8x80gb"], "give each machine once"),

@@ -65,6 +65,16 @@ def test_a_narrow_table_folds_text_and_headers_between_words_and_never_a_number(
     assert "fullest rank" not in text
 
 
+def test_a_table_of_many_spreads_folds_them_at_their_spaces():
+    screen = console(width=80)
+    titles = ["AUC", "LogLoss", "GAUC", "NE", "requests/s", "training s"]
+    table = make_table("study", ["model", "num_queries", *titles], titles)
+    table.add_row("longer", "100", *["0.8123 ± 0.0012"] * 4, "12,345", "1,234")
+    screen.print(table)
+    lines = [line.split() for line in printed(screen).splitlines()]
+    assert lines[-2:] == [["longer", "100", *["0.8123", "±"] * 4, "12,345", "1,234"], ["0.0012"] * 4]
+
+
 def test_a_table_that_fits_is_not_folded():
     screen = console(width=60)
     table = make_table(None, ["proposer", "fullest rank"], ["fullest rank"])
