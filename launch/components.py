@@ -103,6 +103,40 @@ def plan(
         env={"OMP_NUM_THREADS": "1"})])
 
 
+def serve(
+    *settings: str,
+    bundle: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    cpu: int = 2,
+    mem_mb: int = 8192,
+    image: str = "longer-rec",
+    retries: int = 3,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+) -> specs.AppDef:
+    """Serve an exported bundle over HTTP, on one node without a GPU.
+
+    Args:
+        settings: settings of `longer-rec serve` after a lone "--": cache_bytes=8GB
+        bundle: directory that `longer-rec export` wrote, a path that holds in the job
+        host: address to listen on; another than 127.0.0.1 needs tokens in the environment (docs/security.md)
+        port: port to listen on
+        cpu: cores of the node
+        mem_mb: memory of the node
+        image: container image with the package installed
+        retries: how often the scheduler starts the server again
+        env: further environment variables
+        mounts: mounts of the container: type=volume,src=CLAIM,dst=/storage
+    """
+    _check_counts(cpu=cpu, mem_mb=mem_mb, port=port, retries=retries)
+    arguments = ["serve", bundle, f"host={host}", f"port={port}", *settings]
+    return specs.AppDef(name="longer-rec", roles=[specs.Role(
+        name="serve", image=image, entrypoint="longer-rec", args=[part.replace("$", "$$") for part in arguments],
+        port_map={"http": port}, max_retries=retries, resource=specs.Resource(cpu=cpu, gpu=0, memMB=mem_mb),
+        mounts=specs.parse_mounts(mounts) if mounts else [], env={"OMP_NUM_THREADS": "1", **(env or {})})])
+
+
 def _check(config: str, *, nproc: int = 1, gpu: int = 0, **counts: int) -> None:
     """Refuse here what would fail on the cluster, after a wait in its queue."""
     if not Path(config).is_file():
@@ -113,8 +147,12 @@ def _check(config: str, *, nproc: int = 1, gpu: int = 0, **counts: int) -> None:
     if 0 < gpu < nproc:
         raise ComponentValidationException(f"--nproc {nproc} with --gpu {gpu}: each rank needs a GPU of its own; "
                                            f"use --nproc {gpu}")
+    _check_counts(gpu=gpu, **counts)
+
+
+def _check_counts(**counts: int) -> None:
     lowest = {"nodes": 1, "mem_mb": 1, "port": 1, "save_s": 1}
-    for name, value in {"gpu": gpu, **counts}.items():
+    for name, value in counts.items():
         if value < lowest.get(name, 0) or (name == "port" and value > 65535):
             bound = "1 to 65535" if name == "port" else f"{lowest.get(name, 0)} or more"
             raise ComponentValidationException(f"--{name} {value}: use {bound}")

@@ -63,7 +63,7 @@ def test_components_import_neither_torch_nor_the_package() -> None:
     assert imports_any(COMPONENTS.read_text(), ["torchx"])
 
 
-@pytest.mark.parametrize("component", ["train", "plan"])
+@pytest.mark.parametrize("component", ["train", "plan", "serve"])
 def test_torchx_accepts_the_component_and_each_argument_is_described(component: str) -> None:
     linter = pytest.importorskip("torchx.specs.file_linter")
     assert linter.validate(str(COMPONENTS), component) == []
@@ -83,6 +83,16 @@ def test_planning_is_one_command_on_one_node() -> None:
         "--sweep", "gpus=8,16"]
     with pytest.raises(Exception, match="configs/frist.yaml is no file here"):
         render("slurm", "--config", "configs/frist.yaml", "--topology", "8x80GB", component="plan")
+
+
+def test_serving_is_one_command_on_one_node() -> None:
+    request = render("slurm", "--bundle", "/storage/bundles/1", "--port", "8080", "--", "cache_bytes=8GB",
+                     component="serve")
+    replica, = request.replicas.values()
+    assert [replica.entrypoint, *replica.args] == [
+        "longer-rec", "serve", "/storage/bundles/1", "host=127.0.0.1", "port=8080", "cache_bytes=8GB"]
+    with pytest.raises(Exception, match="--port 0: use 1 to 65535"):
+        render("slurm", "--bundle", "b", "--port", "0", component="serve")
 
 
 @pytest.mark.parametrize(("name", "arguments"), [
