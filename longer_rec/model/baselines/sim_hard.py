@@ -6,25 +6,21 @@ with Category(x_t) = Category(v), the exact search unit is multi-head target att
 
 from typing import Literal
 
-import pydantic
 import torch
 from torch import Tensor, nn
 
 from longer_rec.errors import ConfigError
-from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, check_heads, no_inputs
-from longer_rec.model.baselines.target_attention import TargetAttention
+from longer_rec.model.baselines.common import SequenceTower, no_inputs
+from longer_rec.model.baselines.target_attention import TargetAttention, TargetConfig
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
 from longer_rec.model.state import UserState
 
 
-class SimHardConfig(SequenceConfig):
+class SimHardConfig(TargetConfig):
     """``search_feature``: the item feature an event must share with the candidate; null: the schema's second."""
 
     kind: Literal["sim_hard"] = "sim_hard"
     search_feature: str | None = None
-    top_k: int = pydantic.Field(100, ge=1, description="newest matching events that are attended to")
-    num_heads: int = pydantic.Field(1, ge=1)
-    matcher_gamma: float = pydantic.Field(2.0, ge=0.0)
 
 
 class SimHardTower(SequenceTower):
@@ -32,14 +28,13 @@ class SimHardTower(SequenceTower):
 
     def __init__(self, config: SimHardConfig, widths: InputWidths, num_tasks: int, max_events: int) -> None:
         super().__init__(config, widths, num_tasks, max_events, 2 * config.width)
-        check_heads(config.num_heads, config.width)
         self.feature = config.search_feature or ([*widths.item][1] if len(widths.item) > 1 else "")
         if self.feature not in widths.item:
             raise ConfigError(f"model.search_feature={config.search_feature!r} is no item feature to search by; use "
                               f"one of {', '.join(widths.item)}")
         self.top_k = config.top_k
         self.norm = nn.LayerNorm(config.width)
-        self.attention = TargetAttention(config.width, config.num_heads, config.matcher_gamma)
+        self.attention = TargetAttention(config)
 
     def encode_events(self, user: UserSide) -> UserState:
         token_TD = self.norm(self.tokens.events(user))

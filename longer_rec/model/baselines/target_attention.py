@@ -3,14 +3,24 @@
 import math
 from collections.abc import Callable
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
+from longer_rec.model.baselines.common import SequenceConfig, check_heads
 from longer_rec.model.layers import start_as_matcher
 from longer_rec.model.state import LayerCache
 
 # (request, its scores H x C x L) -> the chosen events, C x L bool.
 Choose = Callable[[int, Tensor], Tensor]
+
+
+class TargetConfig(SequenceConfig):
+    """``top_k``: at most so many events does a candidate attend to."""
+
+    top_k: int = pydantic.Field(100, ge=1)
+    num_heads: int = pydantic.Field(1, ge=1)
+    matcher_gamma: float = pydantic.Field(2.0, ge=0.0, description="W_q, W_k start as this times I; 0: random start")
 
 
 class TargetAttention(nn.Module):
@@ -20,14 +30,15 @@ class TargetAttention(nn.Module):
     on the events then reads n / (n + 1), and a candidate that chose no event gets 0. W_q and W_k start as a matcher.
     """
 
-    def __init__(self, width: int, num_heads: int, matcher_gamma: float) -> None:
+    def __init__(self, config: TargetConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        check_heads(config.num_heads, config.width)
+        width, self.num_heads = config.width, config.num_heads
         self.query_key = nn.Linear(width, 2 * width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
-        if matcher_gamma:
-            start_as_matcher(self.query_key.weight, matcher_gamma)
+        if config.matcher_gamma:
+            start_as_matcher(self.query_key.weight, config.matcher_gamma)
 
     def memory(self, compared_TD: Tensor, token_TD: Tensor, bias_TH: Tensor | None, length_B: Tensor) -> LayerCache:
         """Keys T x H x (E + 1), the last column each event's own addition to its score, and values T x H x E."""

@@ -8,24 +8,20 @@ features of a user's event (age, quantity, ...) add one number each (section 4.2
 
 from typing import Literal
 
-import pydantic
 import torch
 from torch import Tensor, nn
 
-from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, check_heads, no_inputs
-from longer_rec.model.baselines.target_attention import TargetAttention
+from longer_rec.model.baselines.common import SequenceTower, no_inputs
+from longer_rec.model.baselines.target_attention import TargetAttention, TargetConfig
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, concat_features
 from longer_rec.model.state import UserState
 from longer_rec.model.tokens import age_bucket
 
 
-class TwinConfig(SequenceConfig):
+class TwinConfig(TargetConfig):
     """The events kept are those of the highest alpha, summed over heads."""
 
     kind: Literal["twin"] = "twin"
-    top_k: int = pydantic.Field(100, ge=1, description="events that the search keeps for a candidate")
-    num_heads: int = pydantic.Field(1, ge=1)
-    matcher_gamma: float = pydantic.Field(2.0, ge=0.0)
 
 
 class TwinTower(SequenceTower):
@@ -33,14 +29,13 @@ class TwinTower(SequenceTower):
 
     def __init__(self, config: TwinConfig, widths: InputWidths, num_tasks: int, max_events: int) -> None:
         super().__init__(config, widths, num_tasks, max_events, 2 * config.width)
-        check_heads(config.num_heads, config.width)
         self.top_k = config.top_k
         self.norm = nn.LayerNorm(config.width)
         self.inherent = nn.Linear(sum(widths.item.values()), config.width)
         self.inherent_norm = nn.LayerNorm(config.width)
         # W_c and beta in one: a linear map of each cross feature to a number, then a weight, is a linear map.
         self.cross = nn.Linear(sum(widths.event.values()) + config.age_width, config.num_heads, bias=False)
-        self.attention = TargetAttention(config.width, config.num_heads, config.matcher_gamma)
+        self.attention = TargetAttention(config)
         nn.init.orthogonal_(self.inherent.weight)
 
     def encode_events(self, user: UserSide) -> UserState:
