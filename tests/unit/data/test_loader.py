@@ -3,8 +3,11 @@
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
+import threading
 from dataclasses import fields
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -162,18 +165,33 @@ def test_a_loading_process_ends_with_its_loader(dataset: Dataset) -> None:
     assert helper.exitcode == 0
 
 
-def test_a_loading_process_that_does_not_answer_ends_the_wait(dataset: Dataset) -> None:
-    """As on storage that hangs: no other rank would ever miss this one when all wait alike."""
-    steps = iter(TrainLoader(dataset, config(dataset, loader_processes=1, prefetch_batches=1, timeout_s=2), seed=5,
+@pytest.mark.parametrize("written", [0.0, 0.5, 1.0])
+def test_a_loading_process_that_does_not_answer_ends_the_wait(dataset: Dataset, monkeypatch: pytest.MonkeyPatch,
+                                                              written: float) -> None:
+    """As on storage that hangs: no other rank would ever miss this one when all wait alike.
+
+    Stopped before it writes a batch, in the middle of it, and behind it, when its memory is still to be fetched.
+    """
+    trainer, send, sent = os.getpid(), Connection._send_bytes, []  # type: ignore[attr-defined]
+
+    def stop_at_the_second(connection: Connection, buffer: memoryview) -> None:
+        if os.getpid() == trainer or threading.current_thread().name != "QueueFeederThread":
+            return send(connection, buffer)  # as where memory is handed over
+        sent.append(buffer)
+        if len(sent) != 2:
+            return send(connection, buffer)
+        message = struct.pack("!i", len(buffer)) + bytes(buffer)
+        os.write(connection.fileno(), message[:int(written * len(message))])
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    monkeypatch.setattr(Connection, "_send_bytes", stop_at_the_second)
+    steps = iter(TrainLoader(dataset, config(dataset, loader_processes=1, prefetch_batches=1, timeout_s=1.5), seed=5,
                              num_workers=4, workers=range(2), start_step=0, num_steps=600))
     next(steps)
     helper, = multiprocessing.active_children()
-    os.kill(helper.pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(RankLost, match=r"no batch came .* within data.timeout_s=2: .*start again"):
-            list(steps)
-    finally:
-        os.kill(helper.pid, signal.SIGKILL)
+    with pytest.raises(RankLost, match=r"no batch came .* within data.timeout_s=1.5: .*start again"):
+        next(steps)
+    assert helper.exitcode == -signal.SIGKILL, "else this process could not end"
 
 
 def test_workers_outside_the_logical_ones_are_refused(dataset: Dataset) -> None:
