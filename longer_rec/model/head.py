@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from longer_rec.config import Config
 from longer_rec.model.inputs import InputWidths, concat_features
+from longer_rec.model.linear import Linear
 
 
 class HeadConfig(Config):
@@ -32,9 +33,9 @@ class Head(nn.Module):
         super().__init__()
         widths = (*config.hidden, num_tasks)
         self.dropout = config.dropout
-        self.candidate = nn.Linear(candidate_width, widths[0])
-        self.user = nn.Linear(user_width, widths[0], bias=False)
-        rest = [nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+        self.candidate = Linear(candidate_width, widths[0])
+        self.user = Linear(user_width, widths[0], bias=False)
+        rest = [Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)]
         self.rest = nn.ModuleList(rest)
         bound = 1 / math.sqrt(max(candidate_width + user_width, 1))
         for linear in (self.candidate, self.user):

@@ -17,6 +17,7 @@ from longer_rec.config import Config
 from longer_rec.errors import ConfigError
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
 from longer_rec.model.jagged import position_from_newest, request_of, start_of
+from longer_rec.model.linear import Linear
 from longer_rec.model.state import MatchRuns
 
 # A run's key is (field * B + request) << ID_BITS | id.
@@ -164,7 +165,7 @@ class Interaction(nn.Module):
         super().__init__()
         self.config, self.fields = config, fields
         widths = (input_width, *config.hidden)
-        self.linears = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
+        self.linears = nn.ModuleList(Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -185,9 +186,9 @@ class Interaction(nn.Module):
         with torch.no_grad():
             hidden = candidate_statistics(self.config, self.fields, runs, candidates)
         hidden = torch.cat([hidden, *self.context(candidates)], dim=1)
-        for i, linear in enumerate(self.linears):
+        for i, layer in enumerate(self.linears):
             hidden = F.dropout(hidden, self.config.dropout, self.training) if i else hidden
-            hidden = F.silu(linear(hidden))
+            hidden = F.silu(layer(hidden))
         return hidden
 
 

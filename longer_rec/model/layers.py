@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from longer_rec.model.attention import attend, join
 from longer_rec.model.attention_plan import plan_attention
+from longer_rec.model.linear import Linear, for_attention, linear
 from longer_rec.model.norms import HeadNorm, LayerNorms, NormKind, build_norm, init_megatron
 from longer_rec.model.own_attention import OwnMask, merge_own
 from longer_rec.model.phd import Chunk
@@ -36,12 +37,12 @@ class CausalLayer(nn.Module):
         gains = (matcher_gamma or 1.0, matcher_gamma or 1.0, 1.0)
         self.query_norm, self.key_norm, self.value_norm = (
             HeadNorm(self.head_width, gain) if norms.heads else nn.Identity() for gain in gains)
-        self.qkv = nn.Linear(merged_width, 3 * merged_width, bias=False)
+        self.qkv = Linear(merged_width, 3 * merged_width, bias=False)
         self.own_gain = nn.Parameter(torch.zeros(merged_width))
-        self.proj = nn.Linear(merged_width, merged_width, bias=False)
+        self.proj = Linear(merged_width, merged_width, bias=False)
         self.ffn_norm = build_norm(norm_kind, merged_width)
-        self.up = nn.Linear(merged_width, ffn_multiple * merged_width)
-        self.down = nn.Linear(ffn_multiple * merged_width, merged_width)
+        self.up = Linear(merged_width, ffn_multiple * merged_width)
+        self.down = Linear(ffn_multiple * merged_width, merged_width)
         self.output_norm = build_norm(norm_kind, merged_width) if norms.output else nn.Identity()
         if megatron_layers:
             init_megatron([self.qkv, self.up], [self.proj, self.down], merged_width, megatron_layers)
@@ -52,13 +53,13 @@ class CausalLayer(nn.Module):
         """Outputs of the queries (Q x X) and the keys and values of all tokens, ``length_B`` of each request."""
         X = self.merged_width
         normed_SX = self.attention_norm(token_SX)
-        key, value = F.linear(normed_SX[:queries.num_keys], self.qkv.weight[X:]).chunk(2, dim=-1)
+        key, value = linear(normed_SX[:queries.num_keys], self.qkv.weight[X:]).chunk(2, dim=-1)
         cache = LayerCache(self.key_norm(self._heads(key)), self.value_norm(self._heads(value)), length_B)
         if queries.row_Q is not None:
             if queries.row_Q.numel() == 0:
                 return token_SX[:0], cache
             token_SX, normed_SX = (each.index_select(0, queries.row_Q) for each in (token_SX, normed_SX))
-        query = self.query_norm(self._heads(F.linear(normed_SX, self.qkv.weight[:X])))
+        query = self.query_norm(self._heads(linear(normed_SX, self.qkv.weight[:X])))
         plan = plan_attention(queries.length_B, length_B, self.num_heads, causal=True, position_Q=queries.position_Q)
         mixed, _ = attend(query, cache.key_SHE, cache.value_SHE, plan)
         return self._finish(token_SX, mixed.flatten(1)), cache
@@ -73,11 +74,11 @@ class CausalLayer(nn.Module):
         if position_U is None:
             hidden_UX = hidden_UX.index_select(0, chunk.window_row)
         normed_UX = self.attention_norm(hidden_UX)
-        key, value = F.linear(normed_UX, self.qkv.weight[X:]).chunk(2, dim=-1)
+        key, value = linear(normed_UX, self.qkv.weight[X:]).chunk(2, dim=-1)
         key, value = self.key_norm(self._heads(key)), self.value_norm(self._heads(value))
         if position_U is None:
             return hidden_UX[:0], LayerCache(key, value, chunk.window_length_B)
-        query = self.query_norm(self._heads(F.linear(normed_UX, self.qkv.weight[:X])))
+        query = self.query_norm(self._heads(linear(normed_UX, self.qkv.weight[:X])))
         originals = plan_attention(chunk.length_B, cache.length_B, self.num_heads, False, position_U)
         hidden = plan_attention(chunk.length_B, chunk.length_B, self.num_heads, False, chunk.last_U, chunk.first_U)
         mixed, _ = join(attend(query, cache.key_SHE, cache.value_SHE, originals), attend(query, key, value, hidden))
@@ -116,10 +117,10 @@ class CausalLayer(nn.Module):
             query_key, value = weight.split([2 * X, X])
             weight = torch.cat([query_key, value * self.own_gain.unsqueeze(1)])
         if num_queries == normed_CGX.shape[1]:
-            parts = F.linear(normed_CGX, weight).chunk(3, dim=-1)
+            parts = linear(normed_CGX, weight).chunk(3, dim=-1)
         else:
-            parts = (F.linear(normed_CGX[:, -num_queries:], weight[:X]),
-                     *F.linear(normed_CGX, weight[X:]).chunk(2, dim=-1))
+            parts = (linear(normed_CGX[:, -num_queries:], weight[:X]),
+                     *linear(normed_CGX, weight[X:]).chunk(2, dim=-1))
         query_CQHE, key_CGHE, value_CGHE = (self._heads(each) for each in parts)
         if not self.norms.heads:
             return query_CQHE, key_CGHE, value_CGHE
@@ -136,7 +137,7 @@ class CausalLayer(nn.Module):
         return F.dropout(value, self.dropout, self.training) if self.dropout else value
 
     def _heads(self, value: Tensor) -> Tensor:
-        return value.unflatten(-1, (self.num_heads, self.head_width))
+        return for_attention(value).unflatten(-1, (self.num_heads, self.head_width))
 
 
 def start_as_matcher(qkv_weight: Tensor, gamma: float) -> None:

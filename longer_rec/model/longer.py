@@ -20,6 +20,7 @@ from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, keep_n
 from longer_rec.model.interaction import InteractionConfig, build_interaction
 from longer_rec.model.jagged import request_of, rows_after
 from longer_rec.model.layers import CausalLayer
+from longer_rec.model.linear import Linear
 from longer_rec.model.merge import InnerTransConfig, TokenMerge
 from longer_rec.model.norms import LayerInit, NormKind, NormPlace, build_norm, layer_norms
 from longer_rec.model.own_attention import own_mask
@@ -131,7 +132,7 @@ class LongerTower(nn.Module):
         self.final_norm = build_norm(config.norm_kind, X)
         self.interaction = build_interaction(config.interaction, widths)
         if config.interaction is not None and config.interaction.placement != "none":
-            self.interaction_token = nn.Linear(config.interaction.width, X)
+            self.interaction_token = Linear(config.interaction.width, X)
         self.head = Head(config.head, *config.head_widths(widths), num_tasks)
 
     @property

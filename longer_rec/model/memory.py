@@ -21,14 +21,16 @@ _RUNS_PER_EVENT = 0.5
 
 
 def tower_bytes(config: TowerConfig, widths: InputWidths, num_tasks: int, history_lengths: Sequence[int],
-                candidate_counts: Sequence[int], recompute: Collection[str] = (), value_bytes: int = 4
-                ) -> dict[str, int]:
+                candidate_counts: Sequence[int], recompute: Collection[str] = (), value_bytes: int = 4,
+                attention_bytes: int | None = None) -> dict[str, int]:
     """Activations of one batch by part of ``LongerTower.parts``, and the user's "state", which lives until scored.
 
-    ``value_bytes`` is the width of a matmul's operands (2 under bf16). A part that is recomputed keeps its inputs
-    alone, but its largest module is there once while it runs again: it is listed as "recomputed".
+    ``value_bytes`` is the width of a matmul's operands (2 under bf16), ``attention_bytes`` that of queries, keys and
+    values, the same if not given (4 under bf16 on a CPU, see ``model/linear.py``). A part that is recomputed keeps its
+    inputs alone, but its largest module is there once while it runs again: it is listed as "recomputed".
     """
-    count = _Counter(config, widths, num_tasks, history_lengths, candidate_counts, value_bytes)
+    count = _Counter(config, widths, num_tasks, history_lengths, candidate_counts, value_bytes,
+                     attention_bytes or value_bytes)
     parts = count.parts()
     kept = {name: sum(inputs + (0 if name in recompute else rest) for inputs, rest in sizes)
             for name, sizes in parts.items()}
@@ -40,8 +42,9 @@ class _Counter:
     """The sizes that all parts share."""
 
     def __init__(self, config: TowerConfig, widths: InputWidths, num_tasks: int, history_lengths: Sequence[int],
-                 candidate_counts: Sequence[int], value_bytes: int) -> None:
-        self.config, self.widths, self.num_tasks, self.value = config, widths, num_tasks, value_bytes
+                 candidate_counts: Sequence[int], value_bytes: int, attention_bytes: int) -> None:
+        self.config, self.widths, self.num_tasks = config, widths, num_tasks
+        self.value, self.attended = value_bytes, attention_bytes
         self.B, self.T, self.C = len(history_lengths), sum(history_lengths), sum(candidate_counts)
         self.counts = candidate_counts
         self.merged = [-(-length // config.merge_size) for length in history_lengths]
@@ -71,7 +74,7 @@ class _Counter:
 
     def state(self) -> int:
         """Keys and values of every layer, and the runs of matches."""
-        caches = sum(2 * self.value * sum(keys + self.window) * self.config.merged_width for keys, _ in self.layers)
+        caches = sum(2 * self.attended * sum(keys + self.window) * self.config.merged_width for keys, _ in self.layers)
         interaction = self.config.interaction
         if interaction is None:
             return caches
@@ -94,9 +97,10 @@ class _Counter:
         if inner is None or config.merge_size == 1:
             return index
         K, D, slots = config.merge_size, config.width, sum(self.merged) * config.merge_size
-        weights = inner.num_heads * K * (_FULL + (self.value if self.value < _FULL else 0))
+        weights = inner.num_heads * K * (_FULL + (self.attended if self.attended < _FULL else 0))
         # Attention: normed, q, k, v, mixed; FFN: normed, before and after its activation; the stream at both norms.
-        layer = slots * ((6 + 2 * inner.ffn_multiple) * D * self.value + weights + _FULL * (2 * D + 4))
+        layer = slots * (3 * D * self.attended + (3 + 2 * inner.ffn_multiple) * D * self.value + weights
+                         + _FULL * (2 * D + 4))
         return index + inner.num_layers * layer + slots * D * self.value
 
     def _user_layer(self, keys: Sequence[int], queries: Sequence[int], depth: int) -> int:
@@ -133,19 +137,19 @@ class _Counter:
         X, N, Q = config.merged_width, own * self.C, read * self.C
         mask = own_mask(config.num_candidate_tokens, config.copies, last_copy_alone=read < own)
         own_weights = self.C * config.heads * sum(len(rows) + 1 for rows in mask.seen)
-        size = N * (self._input_norm(norms) + 2 * X * self.value) + self.value * (own_weights + 2 * Q * X)
+        size = N * (self._input_norm(norms) + 2 * X * self.attended) + self.attended * (own_weights + 2 * Q * X)
         # Behind a norm the gate on own values is a product of its own.
-        size += (2 * N + Q) * self._head_norm(norms) + N * norms.heads * self.value * X
+        size += (2 * N + Q) * self._head_norm(norms) + N * norms.heads * self.attended * X
         size += self.value * Q * X if read < own else 0
         if sum(self.window):
             size += self._attention([mask.num_hidden * count for count in self.counts], self.window)
-            size += self._join(mask.num_hidden * self.C) + self.value * Q * X
+            size += self._join(mask.num_hidden * self.C) + self.attended * Q * X
         size += self._attention([read * count for count in self.counts], keys)
         return _FULL * X * N, size + self._feed_forward(Q, norms)
 
     def _join(self, rows: int) -> int:
         """Two log-sum-exps a head before and after their bound, their softmax in both widths, their sum."""
-        return rows * self.config.heads * (7 * _FULL + 2 * self.value * (self.value < _FULL))
+        return rows * self.config.heads * (7 * _FULL + 2 * self.attended * (self.attended < _FULL))
 
     def _attention(self, queries: Sequence[int], keys: Sequence[int], masked: bool = False) -> int:
         """Padded copies of queries, keys and values, the weights, a mask, the packed output, where each row lies."""
@@ -158,7 +162,7 @@ class _Counter:
             weights += len(requests) * longest_query * longest_key * H
         values = (padded_queries + 2 * padded_keys + sum(queries)) * X + weights
         index = _INDEX * H * (padded_queries + padded_keys + sum(queries) + sum(keys))
-        return self.value * values + index + masked * weights // H
+        return self.attended * values + index + masked * weights // H
 
     def _feed_forward(self, rows: int, norms: LayerNorms) -> int:
         X = self.config.merged_width

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from longer_rec.config import Config
 from longer_rec.model.jagged import position_from_newest
+from longer_rec.model.linear import Linear, batched
 
 
 class InnerTransConfig(Config):
@@ -67,7 +68,7 @@ class InnerTrans(nn.Module):
     def __init__(self, width: int, config: InnerTransConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(InnerLayer(width, config) for _ in range(config.num_layers))
-        self.out = nn.Linear(width, width)
+        self.out = Linear(width, width)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -86,20 +87,20 @@ class InnerLayer(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.attention_norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.ffn_norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, config.ffn_multiple * width)
-        self.down = nn.Linear(config.ffn_multiple * width, width)
+        self.up = Linear(width, config.ffn_multiple * width)
+        self.down = Linear(config.ffn_multiple * width, width)
 
     def forward(self, token_MKD: Tensor, valid_MK: Tensor) -> Tensor:
         M, K, D = token_MKD.shape
         H = self.num_heads
         qkv = self.qkv(self.attention_norm(token_MKD)).view(M, K, 3, H, D // H)
         query_MHKE, key_MHKE, value_MHKE = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        score = query_MHKE @ key_MHKE.transpose(-1, -2) / math.sqrt(D // H)
+        score = batched(query_MHKE, key_MHKE.transpose(-1, -2)) / math.sqrt(D // H)
         # Finite, so that a padded slot's own row stays free of NaN; its output is dropped.
         score = score.masked_fill(~valid_MK[:, None, None, :], torch.finfo(score.dtype).min)
-        mixed_MKD = (score.softmax(-1).to(value_MHKE.dtype) @ value_MHKE).transpose(1, 2).reshape(M, K, D)
+        mixed_MKD = batched(score.softmax(-1), value_MHKE).transpose(1, 2).reshape(M, K, D)
         token_MKD = token_MKD + self.proj(mixed_MKD)
         return token_MKD + self.down(F.silu(self.up(self.ffn_norm(token_MKD))))

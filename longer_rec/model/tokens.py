@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, concat_features
 from longer_rec.model.jagged import position_from_newest
+from longer_rec.model.linear import Linear, linear
 
 MAX_AGE_S = 10 * 365 * 86400
 
@@ -42,8 +43,8 @@ class EventTokens(nn.Module):
         self.position = nn.Embedding(max_events, width)
         self.absent = nn.Parameter(torch.randn(event_width + age_width) * 0.3)
         self.candidate_type = nn.Parameter(torch.randn(merge_size * width) * 0.1)
-        self.first = nn.Linear(self.item_width + event_width + age_width, hidden or width)
-        self.rest = nn.Sequential(nn.SiLU(), nn.Linear(hidden, width)) if hidden else nn.Identity()
+        self.first = Linear(self.item_width + event_width + age_width, hidden or width)
+        self.rest = nn.Sequential(nn.SiLU(), Linear(hidden, width)) if hidden else nn.Identity()
         self.register_buffer("age_boundary", age_boundaries(age_buckets), persistent=False)
         # Keeps the angles between items, which attention starts out comparing; a type vector of std 0.3 drowns them:
         # with it, matching was not learned in 300 steps, with 0.1 in 60 (tests/unit/test_model_build.py's task).
@@ -63,7 +64,7 @@ class EventTokens(nn.Module):
         weight = self.first.weight
         shared = weight[:, self.item_width:] @ self.absent + self.first.bias
         item = concat_features(candidates.embedding, self.item_names)
-        token_CD = self.rest(nn.functional.linear(item, weight[:, :self.item_width], shared))
+        token_CD = self.rest(linear(item, weight[:, :self.item_width], shared))
         return token_CD.repeat(1, self.merge_size) + self.candidate_type
 
 
@@ -74,7 +75,7 @@ class UserGlobals(nn.Module):
         super().__init__()
         self.user_names = tuple(widths.user)
         inputs = sum(widths.user.values()) + widths.num_dense + 1
-        self.project = nn.Linear(inputs, merged_width) if user_token else None
+        self.project = Linear(inputs, merged_width) if user_token else None
         self.cls = nn.Parameter(torch.randn(num_cls_tokens, merged_width) * 0.3)
         self.num_tokens = int(user_token) + num_cls_tokens
 

@@ -146,7 +146,8 @@ class Scenario:
         if not isinstance(model, TowerConfig):
             return {}
         sizes = [tower_bytes(model, input_widths(self.schema, self.job), len(self.schema.tasks), *batch,
-                             train.recompute, 2 if train.precision == "bf16" else 4) for batch in batches]
+                             train.recompute, 2 if train.precision == "bf16" else 4,
+                             4 if self.hardware.device == "cpu" else None) for batch in batches]
         return max(sizes, key=lambda parts: sum(parts.values()))
 
     @cached_property

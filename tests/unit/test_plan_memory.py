@@ -54,7 +54,7 @@ def kept_bytes(config: TowerConfig, autocast: bool, recompute: tuple[str, ...] =
 
 def counted(config: TowerConfig, value_bytes: int = 4, recompute: tuple[str, ...] = ()) -> dict[str, int]:
     lengths = [min(length, MAX_EVENTS) for length in HISTORIES]
-    return tower_bytes(config, WIDTHS, 2, lengths, CANDIDATES, recompute, value_bytes)
+    return tower_bytes(config, WIDTHS, 2, lengths, CANDIDATES, recompute, value_bytes, attention_bytes=4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

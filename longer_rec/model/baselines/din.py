@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from longer_rec.errors import ConfigError
 from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, no_inputs
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, keep_newest
+from longer_rec.model.linear import Linear, batched
 from longer_rec.model.state import LayerCache, UserState
 
 
@@ -54,7 +55,7 @@ class DinTower(SequenceTower):
                                          memory.value_SHE.squeeze(1).split(lengths), strict=True):
             weight_CL = self.activation(unit, shift, event_LD)
             weight_CL = weight_CL.softmax(-1) if self.normalisation == "softmax" else weight_CL
-            interests.append(weight_CL @ event_LD)
+            interests.append(batched(weight_CL, event_LD))
         return [token_CD, torch.cat([token_CD[:0], *interests])]
 
 
@@ -69,9 +70,9 @@ class ActivationUnit(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.product = nn.Parameter(torch.empty(hidden, width))
-        self.event = nn.Linear(width, hidden, bias=False)
-        self.candidate = nn.Linear(width, hidden)
-        self.out = nn.Linear(hidden, 1)
+        self.event = Linear(width, hidden, bias=False)
+        self.candidate = Linear(width, hidden)
+        self.out = Linear(hidden, 1)
         # Starts as a matcher: x * v summed up, compared with thresholds between none and a whole match.
         with torch.no_grad():
             self.product.copy_(8.0 / width * (1 + 0.1 * torch.randn(hidden, width)))
@@ -87,5 +88,5 @@ class ActivationUnit(nn.Module):
 
     def forward(self, unit_CFD: Tensor, shift_CF: Tensor, event_LD: Tensor) -> Tensor:
         """Weights C x L of one request."""
-        hidden = (unit_CFD.flatten(0, 1) @ event_LD.T).unflatten(0, shift_CF.shape) + shift_CF.unsqueeze(-1)
+        hidden = batched(unit_CFD.flatten(0, 1), event_LD.T).unflatten(0, shift_CF.shape) + shift_CF.unsqueeze(-1)
         return torch.einsum("cfl,f->cl", F.silu(hidden), self.out.weight[0]) + self.out.bias

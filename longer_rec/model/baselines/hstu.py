@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from longer_rec.model.baselines.common import SequenceConfig, SequenceTower, check_heads, no_inputs
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
 from longer_rec.model.jagged import position_from_newest
+from longer_rec.model.linear import Linear, batched
 from longer_rec.model.state import LayerCache, UserState
 
 # Of positions and of seconds, by powers of two: bucket b holds 2^(b - 1) .. 2^b - 1, bucket 0 the distance 0.
@@ -72,12 +73,12 @@ class HstuLayer(nn.Module):
         super().__init__()
         self.num_heads, self.max_events = num_heads, max_events
         self.norm = nn.LayerNorm(width)
-        self.uvqk = nn.Linear(width, 4 * width)
+        self.uvqk = Linear(width, 4 * width)
         # rab: a bias per position bucket and one per time bucket, shared by the heads.
         self.position_bias = nn.Parameter(torch.zeros(NUM_BUCKETS))
         self.time_bias = nn.Parameter(torch.zeros(NUM_BUCKETS))
         self.mixed_norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, width)
+        self.out = Linear(width, width)
         if matcher_gamma:
             with torch.no_grad():
                 # Q = K = silu(gamma x) of normalised tokens: at E = 32 and gamma 3 a match scores 24, two random tokens
@@ -100,7 +101,7 @@ class HstuLayer(nn.Module):
         mixed = [gate_TD[:0]]
         for q, k, v, pair_LL in zip(query.split(lengths), key.split(lengths), value.split(lengths), pairs, strict=True):
             bias_LL = table.index_select(0, pair_LL.flatten()).view(pair_LL.shape)
-            score_HLL = q.transpose(0, 1) @ k.permute(1, 2, 0) + bias_LL
+            score_HLL = batched(q.transpose(0, 1), k.permute(1, 2, 0)) + bias_LL
             mixed.append(self._mix(score_HLL, v, causal=True))
         return self._finish(token_TD, torch.cat(mixed), gate_TD), cache
 
@@ -113,7 +114,7 @@ class HstuLayer(nn.Module):
         mixed = [gate_CD[:0]]
         for q, k, v in zip(query.split(counts), cache.key_SHE.split(lengths), cache.value_SHE.split(lengths),
                            strict=True):
-            mixed.append(self._mix(q.transpose(0, 1) @ k.permute(1, 2, 0), v, causal=False))
+            mixed.append(self._mix(batched(q.transpose(0, 1), k.permute(1, 2, 0)), v, causal=False))
         return self._finish(token_CD, torch.cat(mixed) + (own * value).flatten(1), gate_CD)
 
     def _split(self, token: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -124,7 +125,7 @@ class HstuLayer(nn.Module):
     def _mix(self, score: Tensor, value_SHE: Tensor, causal: bool) -> Tensor:
         weight = F.silu(score) / self.max_events
         weight = (weight.tril() if causal else weight).to(value_SHE.dtype)
-        return (weight @ value_SHE.transpose(0, 1)).transpose(0, 1).flatten(1)
+        return batched(weight, value_SHE.transpose(0, 1)).transpose(0, 1).flatten(1)
 
     def _finish(self, token: Tensor, mixed: Tensor, gate: Tensor) -> Tensor:
         return token + self.out(self.mixed_norm(mixed) * gate)

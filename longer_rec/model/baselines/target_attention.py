@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from longer_rec.model.baselines.common import SequenceConfig, check_heads
 from longer_rec.model.layers import start_as_matcher
+from longer_rec.model.linear import Linear, batched, linear
 from longer_rec.model.state import LayerCache
 
 # (request, its scores H x C x L) -> the chosen events, C x L bool.
@@ -34,16 +35,16 @@ class TargetAttention(nn.Module):
         super().__init__()
         check_heads(config.num_heads, config.width)
         width, self.num_heads = config.width, config.num_heads
-        self.query_key = nn.Linear(width, 2 * width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
+        self.query_key = Linear(width, 2 * width, bias=False)
+        self.value = Linear(width, width, bias=False)
+        self.proj = Linear(width, width, bias=False)
         if config.matcher_gamma:
             start_as_matcher(self.query_key.weight, config.matcher_gamma)
 
     def memory(self, compared_TD: Tensor, token_TD: Tensor, bias_TH: Tensor | None, length_B: Tensor) -> LayerCache:
         """Keys T x H x (E + 1), the last column each event's own addition to its score, and values T x H x E."""
         _, key_weight = self.query_key.weight.chunk(2)
-        key_THE = self._heads(nn.functional.linear(compared_TD, key_weight))
+        key_THE = self._heads(linear(compared_TD, key_weight))
         bias = torch.zeros_like(key_THE[..., :1]) if bias_TH is None else bias_TH.unsqueeze(-1)
         return LayerCache(torch.cat([key_THE, bias.to(key_THE.dtype)], -1), self._heads(self.value(token_TD)), length_B)
 
@@ -58,11 +59,11 @@ class TargetAttention(nn.Module):
         for request, (query, own, key, value) in enumerate(zip(
                 query_CHE.split(counts), own_CH.split(counts), memory.key_SHE.split(lengths),
                 memory.value_SHE.split(lengths), strict=True)):
-            score_HCL = query.transpose(0, 1) @ key.permute(1, 2, 0)
+            score_HCL = batched(query.transpose(0, 1), key.permute(1, 2, 0))
             chosen_CL = choose(request, score_HCL.detach())
             score_HCL = torch.cat([score_HCL.masked_fill(~chosen_CL, -math.inf), own.T.unsqueeze(-1)], dim=-1)
             weight_HCL = score_HCL.softmax(-1)[..., :-1].to(value.dtype)
-            mixed.append((weight_HCL @ value.transpose(0, 1)).transpose(0, 1).flatten(1))
+            mixed.append(batched(weight_HCL, value.transpose(0, 1)).transpose(0, 1).flatten(1))
         return self.proj(torch.cat(mixed))
 
     def _heads(self, value: Tensor) -> Tensor:

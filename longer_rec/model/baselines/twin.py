@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from longer_rec.model.baselines.common import SequenceTower, no_inputs
 from longer_rec.model.baselines.target_attention import TargetAttention, TargetConfig
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, concat_features
+from longer_rec.model.linear import Linear
 from longer_rec.model.state import UserState
 from longer_rec.model.tokens import age_bucket
 
@@ -31,10 +32,10 @@ class TwinTower(SequenceTower):
         super().__init__(config, widths, num_tasks, max_events, 2 * config.width)
         self.top_k = config.top_k
         self.norm = nn.LayerNorm(config.width)
-        self.inherent = nn.Linear(sum(widths.item.values()), config.width)
+        self.inherent = Linear(sum(widths.item.values()), config.width)
         self.inherent_norm = nn.LayerNorm(config.width)
         # W_c and beta in one: a linear map of each cross feature to a number, then a weight, is a linear map.
-        self.cross = nn.Linear(sum(widths.event.values()) + config.age_width, config.num_heads, bias=False)
+        self.cross = Linear(sum(widths.event.values()) + config.age_width, config.num_heads, bias=False)
         self.attention = TargetAttention(config)
         nn.init.orthogonal_(self.inherent.weight)
 
