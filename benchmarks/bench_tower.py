@@ -244,7 +244,6 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     jagged = [make_batch(torch.randint(700, 2001, (8,), generator=generator).tolist(), [16] * 8, seed)
               for seed in range(2 * args.rounds + _WARM)]
-    jobs = {name: load_config(Job, Path(f"configs/{name}.yaml"), [f"data.dir={args.data}"]) for name in _CONFIGS}
     jagged_shapes: Shapes = {"the paper's, 8 requests": (PAPER, 2000, jagged)}
     fixed: Shapes = {"the paper's, 8 requests": (PAPER, 2000, [make_batch([2000] * 8, [16] * 8)]),
                      "K = 4, L = 2048, 8 requests": (TowerConfig(width=32, merge_size=4, num_queries=100), 2048,
