@@ -8,14 +8,14 @@ candidate: two requests with histories of 3 and 1 events and 2 and 3 candidates 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from longer_rec.errors import DataError
-from longer_rec.schema import Feature, Schema
+from longer_rec.schema import Feature, InstanceSchema, Schema
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class RequestBatch:
     epoch. ``users`` maps a feature to its ids, packed over requests, and ``user_length_B`` to their number per
     request (1 for a single-valued feature). ``request_row_B`` is the request's row in the index it came from.
     ``label_CY`` is NaN-free float32 in [0, 1].
+
+    ``instances`` are the tokens of each user's N past instances, empty for a model that reads none: "length" (B),
+    "time" (N), and "vector" (N x I), "label" (N x Y) and ids of features (N) from a store, or "row" (N), the batch's
+    own candidates. They stand oldest to newest, all strictly before the request.
     """
 
     history: dict[str, Tensor]
@@ -40,6 +44,7 @@ class RequestBatch:
     user_dense_BF: Tensor
     request_time_B: Tensor
     request_row_B: Tensor
+    instances: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_requests(self) -> int:
@@ -50,11 +55,15 @@ class RequestBatch:
         return self.history_time_T.numel()
 
     @property
+    def num_instances(self) -> int:
+        return self.instances["time"].numel() if self.instances else 0
+
+    @property
     def num_candidates(self) -> int:
         return self.label_CY.shape[0]
 
     def _map(self, function: Any) -> Self:
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        columns = {column.name: getattr(self, column.name) for column in fields(self)}
         return replace(self, **{name: _map_tensors(column, function) for name, column in columns.items()})
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Self:
@@ -81,7 +90,7 @@ def concat_batches(batches: Sequence[RequestBatch]) -> RequestBatch:
             return {key: torch.cat([value[key] for value in values]) for key in values[0]}
         return torch.cat(values)
 
-    return RequestBatch(**{field.name: join(field.name) for field in fields(RequestBatch)})
+    return RequestBatch(**{column.name: join(column.name) for column in fields(RequestBatch)})
 
 
 def validate_batch(batch: RequestBatch, schema: Schema) -> None:
@@ -99,7 +108,9 @@ def validate_batch(batch: RequestBatch, schema: Schema) -> None:
         if not feature.multi_valued and not bool((batch.user_length_B[feature.name] == 1).all()):
             raise DataError(f"user feature {feature.name!r} must have exactly one value in each request")
     _check_ids("user", batch.users, schema.user_features, schema, None)
-    _check_times(batch)
+    _check_times("event", batch.history_time_T, batch.history_length_B, batch)
+    if schema.instances is not None:
+        _check_instances(batch, schema, schema.instances)
     _check_dense("candidate", batch.candidate_dense_CF, batch.num_candidates, len(schema.item_dense))
     _check_dense("user", batch.user_dense_BF, batch.num_requests, len(schema.user_dense))
     for name, value in (("labels", batch.label_CY), ("dense candidate features", batch.candidate_dense_CF),
@@ -138,14 +149,26 @@ def _check_dense(what: str, value: Tensor, num_rows: int, num_columns: int) -> N
         raise DataError(f"dense {what} features have shape {tuple(value.shape)}; ({num_rows}, {num_columns}) is needed")
 
 
-def _check_times(batch: RequestBatch) -> None:
-    request_T = torch.repeat_interleave(torch.arange(batch.num_requests, device=batch.history_time_T.device),
-                                        batch.history_length_B)
-    late_T = batch.history_time_T >= batch.request_time_B[request_T]
+def _check_times(what: str, time_T: Tensor, length_B: Tensor, batch: RequestBatch) -> None:
+    request_T = torch.repeat_interleave(torch.arange(batch.num_requests, device=time_T.device), length_B)
+    late_T = time_T >= batch.request_time_B[request_T]
     if bool(late_T.any()):
         row = int(request_T[late_T][0])
-        raise DataError(f"request {row}: an event at time {int(batch.history_time_T[late_T][0])} is not strictly "
-                        f"before the request's time {int(batch.request_time_B[row])}; cut the history first")
-    step_T = batch.history_time_T.diff()
-    if bool(((step_T < 0) & (request_T.diff() == 0)).any()):
-        raise DataError("a history is not sorted from oldest to newest; sort its events by time")
+        raise DataError(f"request {row}: an {what} at time {int(time_T[late_T][0])} is not strictly before the "
+                        f"request's time {int(batch.request_time_B[row])}; cut the history first")
+    if bool(((time_T.diff() < 0) & (request_T.diff() == 0)).any()):
+        raise DataError(f"a history is not sorted from oldest to newest; sort its {what}s by time")
+
+
+def _check_instances(batch: RequestBatch, schema: Schema, expected: InstanceSchema) -> None:
+    given, count = batch.instances, batch.num_instances
+    shapes = {"length": (batch.num_requests,), "vector": (count, expected.width), "label": (count, expected.num_labels)}
+    for name, shape in shapes.items():
+        if name not in given or tuple(given[name].shape) != shape:
+            raise DataError(f"instances have {name} of shape {tuple(given[name].shape) if name in given else None}; "
+                            f"{shape} is needed")
+    _check_lengths("instances", given["length"], count)
+    _check_times("instance", given["time"], given["length"], batch)
+    _check_ids("instance", given, expected.features, schema, count)
+    if not bool(torch.isfinite(given["vector"]).all() and torch.isfinite(given["label"]).all()):
+        raise DataError("instances hold vectors or labels that are NaN or infinite; compress again")

@@ -23,6 +23,7 @@ from longer_rec.checkpoint.manifest import FileEntry, fsync_directory, hash_file
 from longer_rec.config import Config, build_config
 from longer_rec.data.encode import Encoder, Vocabulary, load_encoders, save_encoders
 from longer_rec.data.history import Dataset
+from longer_rec.data.instance_sources import InstancesConfig, StoredInstances
 from longer_rec.errors import LongerRecError, ServeError
 from longer_rec.model.inputs import InputWidths
 from longer_rec.model.jagged import request_of
@@ -37,7 +38,8 @@ EmbeddingKind = Literal["float32", "float16", "int8"]
 
 class BundleManifest(Config):
     """``user_name`` is the feature that is the user's id itself, ``source`` the run, step and data the bundle was made
-    from, ``measured`` what the export found."""
+    from, ``measured`` what the export found. ``instances`` says which store of instances the model reads, with which
+    fingerprint; it is no part of the bundle."""
 
     format: Literal[1] = 1
     name: str
@@ -48,6 +50,8 @@ class BundleManifest(Config):
     embeddings: EmbeddingKind
     user_name: str | None
     duplicates: Literal["keep", "drop", "refuse"]
+    instances: InstancesConfig | None = None
+    instances_fingerprint: str | None = None
     source: dict[str, Any]
     measured: dict[str, Any] = {}
     files: dict[str, FileEntry] = {}
@@ -80,6 +84,7 @@ class Bundle:
     items: dict[str, Tensor]
     item_dense_VF: Tensor
     profiles: dict[str, ProfileColumn]
+    instances: StoredInstances | None = None
 
     @property
     def schema(self) -> Schema:
@@ -127,7 +132,8 @@ class ServedTables(nn.Module):
                 if self.pooling == "mean":
                     rows_TE = rows_TE / length_B.clamp(min=1).unsqueeze(1)
             embedded[f"users.{feature.name}"] = rows_TE
-        return embedded
+        return embedded | {f"instances.{feature.name}": self._rows(feature.table, batch.instances[feature.name])
+                           for feature in self.schema.instance_features}
 
     def candidates(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The part that ``score`` reads."""
@@ -214,10 +220,14 @@ def read_bundle_manifest(path: Path) -> tuple[BundleManifest, str]:
     return manifest, version
 
 
-def load_bundle(path: Path, device: torch.device | str = "cpu") -> Bundle:
-    """Read a bundle, every byte held against its hash; ``ServeError`` names the file that is not what was written."""
+def load_bundle(path: Path, device: torch.device | str = "cpu", store: Path | None = None) -> Bundle:
+    """Read a bundle, every byte held against its hash; ``ServeError`` names the file that is not what was written.
+
+    ``store``: where the store of instances lies now, by default where it lay at the export.
+    """
     manifest, version = read_bundle_manifest(path)
     content = {name: _verified(path / name, entry) for name, entry in manifest.files.items()}
+    instances = _open_instances(path, manifest, store)
     try:
         tables = safetensors.torch.load(content.pop("tables.safetensors"))
         weights = safetensors.torch.load(content.pop("tower.safetensors"))
@@ -229,10 +239,26 @@ def load_bundle(path: Path, device: torch.device | str = "cpu") -> Bundle:
         ranker = Ranker(schema, ServedTables(schema, manifest.pooling, of["table"]), tower)
         return Bundle(manifest, version, ranker.to(device).eval().requires_grad_(False), encoders,
                       {name: ids.long() for name, ids in of["item"].items()}, tables["item_dense"],
-                      {name: ProfileColumn(ids.long(), of["user_offsets"][name]) for name, ids in of["user"].items()})
+                      {name: ProfileColumn(ids.long(), of["user_offsets"][name]) for name, ids in of["user"].items()},
+                      instances)
     except (KeyError, ValueError, RuntimeError, safetensors.SafetensorError, LongerRecError) as error:
         raise ServeError(f"{path} does not hold what its manifest promises: {' '.join(str(error).split())[:200]}; "
                          "export it again with this version") from None
+
+
+def _open_instances(path: Path, manifest: BundleManifest, store: Path | None) -> StoredInstances | None:
+    """The store that the model reads; ``ServeError`` when it is another than the model was trained with."""
+    if manifest.instances is None:
+        if store is not None:
+            raise ServeError(f"instances={store}: the model of {path} reads no store of instances; leave it out")
+        return None
+    config = manifest.instances if store is None else manifest.instances.model_copy(update={"store": store})
+    source = StoredInstances(config, load_schema(path / "schema.json"), load_encoders(path))
+    if source.fingerprint != manifest.instances_fingerprint:
+        raise ServeError(f"{config.store} is not the store that the model of {path} was trained with (fingerprint "
+                         f"{str(source.fingerprint)[:12]}, not {str(manifest.instances_fingerprint)[:12]}); name the "
+                         "right one with instances=STORE")
+    return source
 
 
 def _verified(path: Path, entry: FileEntry) -> bytes:

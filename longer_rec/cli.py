@@ -127,6 +127,21 @@ def export(
 
 
 @app.command()
+def compress(
+    run_dir: Annotated[Path, typer.Argument(help="run directory of a source model, trained with model.compress")],
+    out: Annotated[Path, typer.Option(help="store to fill, or to go on filling")],
+    settings: Annotated[list[str] | None, typer.Argument(
+        help="such as vectors=int8 stored=post past=STORE features=[item] delay_s=3600 retention_days=90")] = None,
+) -> None:
+    """Store a vector of every instance of a run's data, for other models to read as tokens; docs/iat.md."""
+    from longer_rec.config import apply_overrides, build_config
+    from longer_rec.train.compress import CompressOptions, compress_run, summary_lines
+
+    options = build_config(CompressOptions, apply_overrides({}, settings or ()), "compress")
+    typer.echo("\n  ".join(summary_lines(out, compress_run(run_dir, out, options))))
+
+
+@app.command()
 def serve(
     bundle: Annotated[Path, typer.Argument(help="directory that `longer-rec export` wrote, or a link to one")],
     settings: Annotated[list[str] | None, typer.Argument(help="such as port=8080 cache_bytes=4GB")] = None,

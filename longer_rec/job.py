@@ -1,5 +1,6 @@
 """The root configuration: every part's own config joined into one run, and the ranker it describes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -7,9 +8,12 @@ import pydantic
 import torch
 
 from longer_rec.config import Config, apply_overrides, build_config, flatten
+from longer_rec.data.history import Dataset
+from longer_rec.data.instance_sources import BatchInstances, read_instances
 from longer_rec.data.loader import DataConfig
 from longer_rec.elastic.assignment import ElasticConfig
-from longer_rec.model.inputs import InputWidths
+from longer_rec.model.compressor import CompressConfig
+from longer_rec.model.inputs import InputWidths, InstanceWidths
 from longer_rec.model.recompute import apply_recompute
 from longer_rec.model.tower import AnyTowerConfig, build_tower
 from longer_rec.ranker import Ranker
@@ -102,6 +106,21 @@ def changed_keys(saved: Job, current: Job) -> list[str]:
     return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
 
 
+def source_config(job: Job) -> CompressConfig | None:
+    """How the job's model compresses instances, if it is a source model."""
+    return getattr(job.model, "compress", None)
+
+
+def add_instances(job: Job, dataset: Dataset) -> Dataset:
+    """``dataset`` whose batches hold the past instances that the job's model reads, if it reads any."""
+    source = source_config(job)
+    if job.data.instances is not None:
+        return read_instances(dataset, job.data.instances)
+    if source is not None and source.order == "user":
+        return replace(dataset, instances=BatchInstances(source.max_tokens))
+    return dataset
+
+
 def build_ranker(job: Job, schema: Schema, device: torch.device) -> Ranker:
     """The unsharded ranker: its tables on the meta device, its tower drawn from the job's seed."""
     tables = build_tables(schema, job.sparse, device="meta")
@@ -120,4 +139,6 @@ def input_widths(schema: Schema, job: Job) -> InputWidths:
         user={feature.name: width[f"users.{feature.name}"] for feature in schema.user_features},
         num_dense=len(schema.user_dense),
         num_item_dense=len(schema.item_dense),
+        instance=None if (given := schema.instances) is None else InstanceWidths(
+            given.width, given.num_labels, given.max_tokens, tuple(feature.name for feature in given.features)),
     )

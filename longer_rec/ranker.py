@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from longer_rec.batch import RequestBatch
-from longer_rec.model.inputs import CandidateSide, UserSide
+from longer_rec.model.inputs import CandidateSide, InstanceSide, UserSide
 from longer_rec.model.tower import AnyTower
 from longer_rec.schema import Schema
 
@@ -52,7 +52,16 @@ class Ranker(nn.Module):
             length_B=batch.history_length_B,
             user_embedding={feature.name: lookup[f"users.{feature.name}"] for feature in self.schema.user_features},
             dense_BF=batch.user_dense_BF,
+            instances=self._instance_side(batch, lookup) if batch.instances else None,
         )
+
+    def _instance_side(self, batch: RequestBatch, lookup: Mapping[str, Tensor]) -> InstanceSide:
+        given, none = batch.instances, batch.user_dense_BF[:0]
+        request_time_N = torch.repeat_interleave(batch.request_time_B, given["length"], output_size=batch.num_instances)
+        return InstanceSide(
+            given["length"], request_time_N - given["time"], given.get("vector", none), given.get("label", none),
+            {feature.name: lookup[f"instances.{feature.name}"] for feature in self.schema.instance_features},
+            given.get("row"))
 
     def candidate_side(self, batch: RequestBatch, lookup: Mapping[str, Tensor]) -> CandidateSide:
         """What ``score`` adds to the user's state."""

@@ -31,13 +31,24 @@ class Feature(Config):
     multi_valued: bool = False
 
 
+class InstanceSchema(Config):
+    """What the tokens of past instances hold that a model reads from a store: vectors of ``width``, ``num_labels``
+    labels, and features of the instance; at most ``max_tokens`` a request."""
+
+    width: int = pydantic.Field(ge=1)
+    num_labels: int = pydantic.Field(ge=1)
+    max_tokens: int = pydantic.Field(ge=1)
+    features: tuple[Feature, ...] = ()
+
+
 class Schema(Config):
     """Columns of a prepared dataset.
 
     ``item_features`` describe an item, so events and candidates both carry them (the first is the item id itself);
     ``event_features`` describe the action and exist in the history alone; ``user_features`` may be multi-valued,
     which makes them pooled. ``item_dense`` and ``user_dense`` are numbers of an item (candidates carry them) and of a
-    user. ``tasks`` names the label columns.
+    user. ``tasks`` names the label columns. ``instances`` is not the data's own: opening it with a store of instances
+    adds it.
     """
 
     tables: tuple[Table, ...]
@@ -47,6 +58,7 @@ class Schema(Config):
     item_dense: tuple[str, ...] = ()
     user_dense: tuple[str, ...] = ()
     tasks: tuple[str, ...] = pydantic.Field(min_length=1)
+    instances: InstanceSchema | None = None
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
@@ -73,6 +85,11 @@ class Schema(Config):
     def history_features(self) -> tuple[Feature, ...]:
         """What an event carries: the item's features, then the action's."""
         return self.item_features + self.event_features
+
+    @property
+    def instance_features(self) -> tuple[Feature, ...]:
+        """What an instance token looks up."""
+        return self.instances.features if self.instances is not None else ()
 
 
 def load_schema(path: Path) -> Schema:

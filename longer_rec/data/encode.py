@@ -4,6 +4,7 @@ Row 0 is what a table does not know: unseen in the training period, null, and fo
 type is a fault of the caller, not an unknown value.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -171,6 +172,12 @@ def load_encoders(directory: Path) -> dict[str, Encoder]:
         else:
             encoders[name] = Bucketed(tuple(entry["boundaries"]))
     return encoders
+
+
+def encoder_digest(encoder: Encoder) -> str:
+    """Equal for encoders that give every value the same row."""
+    content = hash_values(encoder.values, 0).tobytes() if isinstance(encoder, Vocabulary) else repr(encoder).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def encode_values(encoder: Encoder, raw: Sequence[Any] | np.ndarray[Any, Any], what: str) -> I64:

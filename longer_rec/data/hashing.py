@@ -7,6 +7,8 @@ import pyarrow as pa
 
 from longer_rec.data.order import U64, hash_u64
 
+_USER_SEED = 12
+
 
 def hash_values(values: pl.Series, seed: int) -> U64:
     """64-bit hashes of integers or text; nulls hash like 0 or the empty text.
@@ -16,6 +18,11 @@ def hash_values(values: pl.Series, seed: int) -> U64:
     if values.dtype.is_integer():
         return hash_u64(seed, values.fill_null(0).to_numpy())
     return _hash_text(values.fill_null("").cast(pl.String), seed)
+
+
+def user_keys(raw: pl.Series) -> U64:
+    """What users are known by in every data set and server: hashes of their raw ids as text, so that 7 is "7"."""
+    return hash_values(raw.cast(pl.String), _USER_SEED)
 
 
 def _hash_text(values: pl.Series, seed: int) -> U64:

@@ -1,9 +1,10 @@
 """A prepared dataset, opened: memory-mapped histories and requests, and the encoders they were made with."""
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,9 @@ import pyarrow as pa
 from longer_rec.data.describe import LogConfig
 from longer_rec.data.encode import Encoder, load_encoders
 from longer_rec.data.files import naming_file
+from longer_rec.data.hashing import user_keys
 from longer_rec.data.manifest import read_manifest, verify_files
-from longer_rec.data.order import I64
+from longer_rec.data.order import I64, U64
 from longer_rec.data.partition import SPLITS
 from longer_rec.data.store import Array, ColumnTable, read_frame
 from longer_rec.errors import ConfigError
@@ -27,6 +29,15 @@ class UserColumn:
 
     ids: Array
     offsets: I64 | None
+
+
+class InstanceSource(Protocol):
+    """Where the tokens of past instances come from; ``fingerprint`` of their content, None if it is the batch's own."""
+
+    fingerprint: str | None
+
+    def of_requests(self, dataset: "Dataset", row_B: I64, num_candidates_B: I64) -> dict[str, Array]:
+        """``RequestBatch.instances`` of the requests at ``row_B``, whose candidates have been chosen."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +56,17 @@ class Dataset:
     item_dense: npt.NDArray[np.float32]
     item_count: I64
     users: dict[str, UserColumn]
+    instances: InstanceSource | None = None
 
     @property
     def fingerprint(self) -> str:
         """Changes with every byte and setting that a batch depends on."""
-        return str(self.manifest["fingerprint"])
+        return self.fingerprint_with(self.instances.fingerprint if self.instances is not None else None)
+
+    def fingerprint_with(self, store: str | None) -> str:
+        """The fingerprint of this data read beside a store of instances with another one."""
+        own = str(self.manifest["fingerprint"])
+        return hashlib.sha256(f"{own} {store}".encode()).hexdigest() if store else own
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -76,6 +93,11 @@ class Dataset:
     def encoders(self) -> dict[str, Encoder]:
         """Encoders by table: raw values of a request become rows through these, and no other way."""
         return load_encoders(self.path)
+
+    @cached_property
+    def user_keys(self) -> U64:
+        """What a user is known by outside this data: a hash of the raw id as text."""
+        return user_keys(self.raw_users)
 
     @cached_property
     def raw_users(self) -> pl.Series:

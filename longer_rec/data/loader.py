@@ -18,7 +18,8 @@ from longer_rec.batch import RequestBatch, validate_batch
 from longer_rec.config import Config
 from longer_rec.data.batches import make_batch, request_sizes
 from longer_rec.data.history import Dataset
-from longer_rec.data.order import I64, deal_evenly, sample_positions, sample_rows
+from longer_rec.data.instance_sources import InstancesConfig
+from longer_rec.data.order import I64, deal_evenly, hash_u64, sample_positions, sample_rows
 from longer_rec.data.transport import PackedBatches, pack_batches, unpack_batches
 from longer_rec.errors import ConfigError, LongerRecError, RankLost
 from longer_rec.runtime.preemption import leave_stopping_to_parent
@@ -39,34 +40,52 @@ class DataConfig(Config):
     loader_processes: int = pydantic.Field(1, ge=0, description="per rank; 0 makes batches in the trainer itself")
     prefetch_batches: int = pydantic.Field(4, ge=1, description="steps made ahead")
     timeout_s: float = pydantic.Field(120.0, gt=0, description="of waiting for a batch of a loading process")
+    instances: InstancesConfig | None = None
 
 
 class TrainLoader:
     """One ``list[RequestBatch]`` a step: a batch for each own logical worker, in their order.
 
     What a worker gets at a step is a function of (seed, step, worker, num_workers) and the dataset; neither the
-    grouping of workers into processes nor a restart changes it. The whole state is the step. After each step
+    grouping of workers into processes nor a restart changes it. The whole state is the step. In ``user_order`` a
+    batch is a stretch of the request index, whose neighbours are requests of one user in order of time. After each step
     ``wait_s`` holds the seconds the trainer waited for it. ``fork`` shares the mapped files with the background
     processes, so make the loader before threads that hold locks exist.
     """
 
     def __init__(self, dataset: Dataset, config: DataConfig, *, seed: int, num_workers: int, workers: range,
-                 start_step: int, num_steps: int) -> None:
+                 start_step: int, num_steps: int, user_order: bool = False, reverse_second_pass: bool = False) -> None:
         if not 0 <= workers.start <= workers.stop <= num_workers:
             raise ConfigError(f"workers {workers} are not within the {num_workers} logical workers")
         self._dataset, self._config, self._seed = dataset, config, seed
         self._num_workers, self._workers = num_workers, workers
+        self._user_order, self._reverse = user_order, reverse_second_pass
         self._steps = range(start_step, start_step + num_steps)
         self.wait_s = 0.0
 
     def make_step(self, step: int) -> list[RequestBatch]:
         """The validated batches of a step, in this process."""
         train, config = self._dataset.split_rows("train"), self._config
+        if self._user_order:
+            stretches = (self._stretch(step * self._num_workers + worker) for worker in self._workers)
+            return [self._make_worker(row + train.start, epoch if config.fresh_negatives else 0)
+                    for row, epoch in stretches]
         position = sample_positions(step, self._num_workers * config.batch_requests)
-        row, epoch = sample_rows(position, len(train), self._seed)
+        row, epoch = sample_rows(position, len(train), self._seed, self._reverse)
         # With one set of negatives for all epochs it is epoch 0's, not the evaluation's.
         return [self._make_worker(row[dealt] + train.start, epoch[dealt] if config.fresh_negatives else 0)
                 for dealt in self._deal(row + train.start)[self._workers.start:self._workers.stop]]
+
+    def _stretch(self, number: int) -> tuple[I64, int]:
+        """Rows of the batch at a position of the stream of batches, and its epoch.
+
+        Each epoch cuts the index elsewhere, so that a request does not begin a batch, without a past, every time. The
+        last stretch is cut short: every request comes once an epoch.
+        """
+        size, num_requests = self._config.batch_requests, len(self._dataset.split_rows("train"))
+        at, (epoch,) = sample_rows(np.asarray([number]), -(-num_requests // size), self._seed, self._reverse)
+        first, shift = int(at[0]) * size, int(hash_u64(self._seed, epoch)[0] % np.uint64(size))
+        return (np.arange(first, min(first + size, num_requests)) + shift) % num_requests, int(epoch)
 
     def _deal(self, row: I64) -> Sequence[I64]:
         """Which of a step's requests each of all the workers gets."""
@@ -83,7 +102,7 @@ class TrainLoader:
         return batch
 
     def __iter__(self) -> Iterator[list[RequestBatch]]:
-        steps = iter(_background(self.make_step, self._steps, self._config))
+        steps = iter(in_background(self.make_step, self._steps, self._config))
         while True:
             asked = time.perf_counter()
             batches = next(steps, None)
@@ -118,7 +137,7 @@ class EvalLoader:
         return batch
 
     def __iter__(self) -> Iterator[tuple[int, RequestBatch]]:
-        batches = _background(lambda block: [self.make_block(block)], self._blocks, self._config)
+        batches = in_background(lambda block: [self.make_block(block)], self._blocks, self._config)
         return ((block, batch) for block, (batch,) in zip(self._blocks, batches, strict=True))
 
 
@@ -135,7 +154,7 @@ class _Made(torch.utils.data.Dataset[PackedBatches | LongerRecError]):
             return error  # raised there, as it is: torch would wrap it into a traceback of many lines
 
 
-def _background(make: Callable[[int], list[RequestBatch]], indices: Sequence[int],
+def in_background(make: Callable[[int], list[RequestBatch]], indices: Sequence[int],
                 config: DataConfig) -> Iterator[list[RequestBatch]]:
     """``make`` of each index, in order, ahead of time in ``loader_processes`` processes."""
     if config.loader_processes == 0 or len(indices) == 0:

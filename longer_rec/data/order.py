@@ -34,6 +34,12 @@ def hash_u64(*parts: Any) -> U64:
     return hashed
 
 
+def ranges(start: I64, length: I64) -> I64:
+    """start[i], start[i] + 1, ... of each i, one range after the other."""
+    first = np.cumsum(length) - length
+    return np.arange(int(length.sum()), dtype=np.int64) + np.repeat(start - first, length)
+
+
 def permute(position: Any, size: int, key: int) -> I64:
     """Where ``position`` in [0, size) stands in the permutation of [0, size) that ``key`` selects.
 
@@ -66,13 +72,18 @@ def sample_positions(step: int, num_requests: int) -> I64:
     return np.arange(step * num_requests, (step + 1) * num_requests, dtype=np.int64)
 
 
-def sample_rows(position: I64, num_requests: int, seed: int) -> tuple[I64, I64]:
-    """(row in [0, num_requests), epoch) of each position of the stream."""
+def sample_rows(position: I64, num_requests: int, seed: int, reverse_second: bool = False) -> tuple[I64, I64]:
+    """(row in [0, num_requests), epoch) of each position of the stream.
+
+    With ``reverse_second`` epochs 1, 3, ... are those before them read backwards.
+    """
     epoch = position // num_requests
     row = np.empty_like(position)
     for one in np.unique(epoch):
         here = epoch == one
-        row[here] = permute(position[here] % num_requests, num_requests, int(hash_u64(seed, one)[0]))
+        within, backwards = position[here] % num_requests, reverse_second and one % 2
+        row[here] = permute(num_requests - 1 - within if backwards else within, num_requests,
+                            int(hash_u64(seed, one - backwards)[0]))
     return row, epoch
 
 

@@ -11,6 +11,7 @@ from longer_rec.data.order import sample_positions, sample_rows
 from longer_rec.schema import Schema
 
 _SAMPLED_BATCHES = 32
+_SAMPLED_TOKENS = 256  # requests whose instance tokens are counted
 
 # History lengths and candidate counts of its requests.
 Batch = tuple[list[int], list[int]]
@@ -18,7 +19,8 @@ Batch = tuple[list[int], list[int]]
 
 @dataclass(frozen=True)
 class Workload:
-    """Sampled batches, in the order in which training reads them, histories cut; ``user_ids``: mean number of ids."""
+    """Sampled batches, in the order in which training reads them, histories cut; ``user_ids``: mean number of ids of
+    a user's features and instances."""
 
     batches: tuple[Batch, ...]
     user_ids: Mapping[str, float]
@@ -42,6 +44,10 @@ def sample_workload(dataset: Dataset, batch_requests: int, max_events: int, seed
     for name, column in dataset.users.items():
         lengths = np.ones(1) if column.offsets is None else np.diff(column.offsets)[user]
         user_ids[f"users.{name}"] = float(lengths.mean())
+    if dataset.instances is not None and dataset.schema.instance_features:
+        some = row[:_SAMPLED_TOKENS]
+        mean = float(dataset.instances.of_requests(dataset, some, count[:_SAMPLED_TOKENS])["length"].mean())
+        user_ids |= {f"instances.{feature.name}": mean for feature in dataset.schema.instance_features}
     shape = (len(batches), batch_requests)
     return Workload(tuple(zip(np.minimum(length, max_events).reshape(shape).tolist(), count.reshape(shape).tolist(),
                               strict=True)), user_ids)

@@ -29,12 +29,14 @@ def cut_lookup(lookup: Rows) -> tuple[Rows, dict[str, GradientEdge]]:
 def split_rows(rows: Rows, batches: Sequence[RequestBatch]) -> list[Rows]:
     """Each worker's slice of the concatenated lookup, as leaves that collect gradients.
 
-    Keys are ``history.<feature>`` (T x E), ``candidates.<feature>`` (C x E) and ``users.<feature>`` (B x E).
+    Keys are ``history.<feature>`` (T x E), ``candidates.<feature>`` (C x E), ``users.<feature>`` (B x E) and
+    ``instances.<feature>`` (N x E).
     """
     sizes = {
         "history": [batch.num_events for batch in batches],
         "candidates": [batch.num_candidates for batch in batches],
         "users": [batch.num_requests for batch in batches],
+        "instances": [batch.num_instances for batch in batches],
     }
     slices = {key: value.split(sizes[key.partition(".")[0]]) for key, value in rows.items()}
     return [{key: parts[worker].requires_grad_() for key, parts in slices.items()} for worker in range(len(batches))]

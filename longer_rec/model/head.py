@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longer_rec.config import Config
-from longer_rec.model.inputs import InputWidths, concat_features
+from longer_rec.model.compressor import CompressConfig, Compressor, count_candidates
+from longer_rec.model.inputs import InputWidths, InstanceSide, concat_features
 from longer_rec.model.linear import Linear
 
 
@@ -27,11 +28,15 @@ class HeadConfig(Config):
 
 
 class Head(nn.Module):
-    """MLP over [candidate inputs ; user inputs], whose first layer is split so that the user's part is done once."""
+    """MLP over [candidate inputs ; user inputs], whose first layer is split so that the user's part is done once.
 
-    def __init__(self, config: HeadConfig, candidate_width: int, user_width: int, num_tasks: int) -> None:
+    A source model's first layer is the bottleneck (``compressor.py``), the rest decompresses.
+    """
+
+    def __init__(self, config: HeadConfig, candidate_width: int, user_width: int, num_tasks: int,
+                 compress: CompressConfig | None = None) -> None:
         super().__init__()
-        widths = (*config.hidden, num_tasks)
+        widths = (*((compress.dim,) if compress else ()), *config.hidden, num_tasks)
         self.dropout = config.dropout
         self.candidate = Linear(candidate_width, widths[0])
         self.user = Linear(user_width, widths[0], bias=False)
@@ -41,16 +46,22 @@ class Head(nn.Module):
         for linear in (self.candidate, self.user):
             nn.init.uniform_(linear.weight, -bound, bound)
         nn.init.constant_([self.candidate, *rest][-1].bias, math.log(config.prior / (1 - config.prior)))
+        self.compressor = Compressor(compress) if compress else None
 
     def encode(self, user_BX: Tensor) -> Tensor:
         """The user's share of the first layer, B x F."""
         return self.user(user_BX)
 
-    def forward(self, candidate_CX: Tensor, user_BF: Tensor, request_C: Tensor) -> Tensor:
-        """Logits C x Y."""
+    def forward(self, candidate_CX: Tensor, user_BF: Tensor, request_C: Tensor, past: InstanceSide | None = None
+                ) -> Tensor:
+        """Logits C x Y; ``past`` is what a compressor in user order reads."""
         hidden = self.candidate(candidate_CX) + user_BF.index_select(0, request_C)
-        for linear in self.rest:
-            hidden = linear(F.dropout(F.silu(hidden), self.dropout, self.training))
+        for depth, linear in enumerate(self.rest):
+            if depth == 0 and self.compressor is not None:
+                hidden = self.compressor(hidden, past, count_candidates(request_C, user_BF.shape[0]))
+            else:
+                hidden = F.silu(hidden)
+            hidden = linear(F.dropout(hidden, self.dropout, self.training))
         return hidden
 
 

@@ -12,6 +12,17 @@ from longer_rec.model.jagged import newest_rows
 
 
 @dataclass(frozen=True)
+class InstanceWidths:
+    """What instance tokens bring: vectors ``width`` wide, labels, and the named item or event features; at most
+    ``max_tokens`` of them a request."""
+
+    width: int
+    num_labels: int
+    max_tokens: int
+    features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class InputWidths:
     """Embedding width of each feature; ``item`` features exist on events and candidates, the first is the item id."""
 
@@ -20,6 +31,23 @@ class InputWidths:
     user: dict[str, int]
     num_dense: int
     num_item_dense: int = 0
+    instance: InstanceWidths | None = None
+
+
+@dataclass(frozen=True)
+class InstanceSide:
+    """Tokens of N past instances, packed over requests, oldest to newest in each.
+
+    From a store ``vector_NI``, ``label_NY`` and ``embedding`` (feature -> N x E); of this batch ``row_N``, candidates.
+    ``age_N``: int64 seconds to the request, at least 1.
+    """
+
+    length_B: Tensor
+    age_N: Tensor
+    vector_NI: Tensor
+    label_NY: Tensor
+    embedding: dict[str, Tensor]
+    row_N: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +64,7 @@ class UserSide:
     length_B: Tensor
     user_embedding: dict[str, Tensor]
     dense_BF: Tensor
+    instances: InstanceSide | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +76,15 @@ class CandidateSide:
     id: dict[str, Tensor]
     dense_CF: Tensor
     length_B: Tensor
+
+
+def all_ages(user: UserSide) -> list[Tensor]:
+    """Of each request the ages of its events, then those of its instances."""
+    ages = user.age_T.split(user.length_B.tolist())
+    if user.instances is None:
+        return list(ages)
+    of_instances = user.instances.age_N.split(user.instances.length_B.tolist())
+    return [torch.cat(both) for both in zip(ages, of_instances, strict=True)]
 
 
 def keep_newest(user: UserSide, max_events: int) -> UserSide:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from longer_rec.config import Config
 from longer_rec.errors import ConfigError
+from longer_rec.model.compressor import CompressConfig
 from longer_rec.model.head import Head, HeadConfig, scaled_inputs
-from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, keep_newest
+from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, all_ages, keep_newest
+from longer_rec.model.instances import InstanceTokensConfig, build_instances
 from longer_rec.model.interaction import InteractionConfig, build_interaction
 from longer_rec.model.jagged import request_of, rows_after
 from longer_rec.model.layers import CausalLayer
@@ -58,6 +60,8 @@ class TowerConfig(Config):
     head: HeadConfig = HeadConfig()
     pooling: Literal["candidate", "globals", "globals+mean"] = "globals"
     phd: PHDConfig | None = None
+    compress: CompressConfig | None = pydantic.Field(None, description="a source model of instance tokens")
+    instances: InstanceTokensConfig | None = None
 
     @property
     def merged_width(self) -> int:
@@ -105,6 +109,8 @@ class TowerConfig(Config):
         candidate, user = self.head.raw_widths(widths)
         if self.interaction is not None and self.interaction.to_head:
             candidate += self.interaction.width
+        if self.instances is not None:
+            candidate += self.instances.out_width
         return (candidate + self.num_candidate_tokens * self.merged_width,
                 user + (self.num_read_globals + self.reads_sequence) * self.merged_width)
 
@@ -133,7 +139,10 @@ class LongerTower(nn.Module):
         self.interaction = build_interaction(config.interaction, widths)
         if config.interaction is not None and config.interaction.placement != "none":
             self.interaction_token = Linear(config.interaction.width, X)
-        self.head = Head(config.head, *config.head_widths(widths), num_tasks)
+        self.instances = build_instances(config.instances, widths, self.interaction)
+        if config.instances is not None:
+            self.instance_token = Linear(config.instances.out_width, X)
+        self.head = Head(config.head, *config.head_widths(widths), num_tasks, config.compress)
 
     @property
     def causal_layers(self) -> list[CausalLayer]:
@@ -151,6 +160,8 @@ class LongerTower(nn.Module):
             "head": [(self.head, "encode"), (self.head, "forward")]}
         if self.interaction is not None:
             parts["interaction"] = [(self.interaction, "score")]
+        if self.instances is not None:
+            parts["instances"] = [(self.instances, "encode"), (self.instances, "score")]
         return parts
 
     def encode(self, user: UserSide) -> UserState:
@@ -176,21 +187,28 @@ class LongerTower(nn.Module):
             length_B = queries.length_B
             caches.append(cache)
         runs = self.interaction.encode(user) if self.interaction is not None else None
-        return UserState(self._encode_head(user, self.final_norm(token_SX), length_B), tuple(caches), runs)
+        return UserState(self._encode_head(user, self.final_norm(token_SX), length_B), tuple(caches), runs,
+                         instances=self.instances.encode(user) if self.instances is not None else None,
+                         past=user.instances if self.head.compressor is not None else None)
 
     def score(self, state: UserState, candidates: CandidateSide) -> Tensor:
         """Logits C x Y."""
         num_candidates = candidates.id[self.item_names[0]].numel()
         token_CX = self.tokens.candidates(candidates)
-        parts, tokens = [], [token_CX]
+        parts, tokens, statistics = [], [token_CX], []
         if self.interaction is not None and state.matches is not None:
             hidden = self.interaction.score(state.matches, candidates)
+            statistics.append(hidden)
             if self.config.num_candidate_tokens == 2:
                 tokens.insert(0, self.interaction_token(hidden).to(token_CX.dtype))
             elif self.interaction.config.placement == "added":
                 tokens = [token_CX + self.interaction_token(hidden)]
             if self.interaction.config.to_head:
                 parts.append(hidden)
+        if self.instances is not None and state.instances is not None:
+            recalled = self.instances.score(state.instances, candidates, statistics)
+            tokens[-1] = tokens[-1] + self.instance_token(recalled)
+            parts.append(recalled)
         token_CGX = self.copies.of_candidates(torch.stack(tokens, dim=1))
         for depth, (layer, cache) in enumerate(zip(self.causal_layers, state.layers, strict=True)):
             mask = own_mask(len(tokens), self.config.copies, last_copy_alone=depth == self.config.num_self_layers)
@@ -199,17 +217,21 @@ class LongerTower(nn.Module):
         parts += scaled_inputs(candidates.embedding, self.item_names, self.config.head.id_scale)
         parts.append(candidates.dense_CF.to(token_CX.dtype))
         request_C = request_of(candidates.length_B, num_candidates)
-        return self.head(torch.cat(parts, dim=1), state.head_BF, request_C)
+        return self.head(torch.cat(parts, dim=1), state.head_BF, request_C, state.past)
 
     def retime(self, state: UserState, age_T: Tensor, user: UserSide) -> UserState | None:
         """``state`` of the same events at another request time, bitwise what ``encode`` gives; None if it needs that.
 
-        ``age_T`` are the ages when the state was made, T as in ``user``. Keys, values and the head's share read an age
-        through its bucket alone, so they hold until an event changes its bucket; matches are counted anew.
+        ``age_T`` are the ages when the state was made, of the one request's events and then of its instances. Keys,
+        values and the head's share read an age through its bucket alone, so they hold until one changes its bucket;
+        matches are counted anew.
         """
-        boundary = self.tokens.get_buffer("age_boundary")
-        if not torch.equal(age_bucket(age_T, boundary), age_bucket(user.age_T, boundary)):
-            return None
+        now_T, = all_ages(user)
+        readers = [self.tokens] if self.instances is None else [self.tokens, self.instances.side]
+        for reader in readers:
+            boundary = reader.get_buffer("age_boundary")
+            if not torch.equal(age_bucket(age_T, boundary), age_bucket(now_T, boundary)):
+                return None
         runs = self.interaction.encode(user) if self.interaction is not None else None
         return replace(state, matches=runs)
 

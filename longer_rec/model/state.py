@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longer_rec.model.inputs import InstanceSide
+
 
 @dataclass(frozen=True)
 class LayerCache:
@@ -36,16 +38,27 @@ class MatchRuns:
 
 
 @dataclass(frozen=True)
+class InstanceMemory:
+    """Keys and values of the user's instance tokens by layer, and the user's share of what candidates ask with."""
+
+    layers: tuple[LayerCache, ...]
+    ask_BF: Tensor
+
+
+@dataclass(frozen=True)
 class UserState:
     """``head_BF`` is the user's share of the head's first layer; the rest is empty where a tower has no use for it.
 
-    ``event_id_T`` are ids of the one feature that a tower searches its events by, aligned with ``layers[0]``.
+    ``event_id_T`` are ids of the one feature that a tower searches its events by, aligned with ``layers[0]``. ``past``
+    is there while a source model in user order trains, never in serving.
     """
 
     head_BF: Tensor
     layers: tuple[LayerCache, ...] = ()
     matches: MatchRuns | None = None
     event_id_T: Tensor | None = None
+    instances: InstanceMemory | None = None
+    past: InstanceSide | None = None
 
 
 def map_state(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -79,8 +92,9 @@ def join_states(states: Sequence[UserState]) -> UserState:
     layers = tuple(_join_caches(layers) for layers in zip(*(state.layers for state in states), strict=True))
     runs = [state.matches for state in states if state.matches is not None]
     ids = [state.event_id_T for state in states if state.event_id_T is not None]
+    memories = [state.instances for state in states if state.instances is not None]
     return UserState(torch.cat([state.head_BF for state in states]), layers, _join_runs(runs) if runs else None,
-                     torch.cat(ids) if ids else None)
+                     torch.cat(ids) if ids else None, _join_memories(memories) if memories else None)
 
 
 def split_state(state: UserState) -> list[UserState]:
@@ -91,8 +105,19 @@ def split_state(state: UserState) -> list[UserState]:
     ids: Sequence[Tensor | None] = [None] * B
     if state.event_id_T is not None:
         ids = state.event_id_T.split(state.layers[0].length_B.tolist())
+    memories = [None] * B if state.instances is None else _split_memory(state.instances)
     return [map_state(UserState(*parts), Tensor.clone)
-            for parts in zip(state.head_BF.split(1), caches, runs, ids, strict=True)]
+            for parts in zip(state.head_BF.split(1), caches, runs, ids, memories, strict=True)]
+
+
+def _join_memories(memories: Sequence[InstanceMemory]) -> InstanceMemory:
+    layers = tuple(_join_caches(caches) for caches in zip(*(memory.layers for memory in memories), strict=True))
+    return InstanceMemory(layers, torch.cat([memory.ask_BF for memory in memories]))
+
+
+def _split_memory(memory: InstanceMemory) -> list[InstanceMemory | None]:
+    caches = zip(*(_split_cache(layer) for layer in memory.layers), strict=True)
+    return [InstanceMemory(*parts) for parts in zip(caches, memory.ask_BF.split(1), strict=True)]
 
 
 def _join_caches(caches: Sequence[LayerCache]) -> LayerCache:

@@ -63,7 +63,8 @@ class EventTokens(nn.Module):
         """C x X. The part of the projection that all candidates share is worked out once."""
         weight = self.first.weight
         shared = weight[:, self.item_width:] @ self.absent + self.first.bias
-        item = concat_features(candidates.embedding, self.item_names)
+        item = (concat_features(candidates.embedding, self.item_names) if self.item_names
+                else candidates.dense_CF[:, :0].to(weight.dtype))
         token_CD = self.rest(linear(item, weight[:, :self.item_width], shared))
         return token_CD.repeat(1, self.merge_size) + self.candidate_type
 

@@ -41,4 +41,10 @@ def build_tower(config: AnyTowerConfig, widths: InputWidths, num_tasks: int, max
         raise ConfigError(f"max_events={max_events} must be at least 1; a history of no event is the no_sequence tower")
     if num_tasks < 1:
         raise ConfigError(f"num_tasks={num_tasks} must be at least 1; name a task in the schema")
+    reads = getattr(config, "instances", None) is not None
+    if reads and widths.instance is None:
+        raise ConfigError("model.instances has nothing to read; name a store in data.instances, or set it to null")
+    compress = getattr(config, "compress", None)
+    if widths.instance is not None and not reads and (compress is None or compress.order != "user"):
+        raise ConfigError("data.instances has no reader; set model.instances, or data.instances to null")
     return _TOWERS[type(config)](config, widths, num_tasks, max_events)

@@ -13,7 +13,7 @@ from rich.console import Console
 from longer_rec.config import dump_config, load_config
 from longer_rec.data.history import open_dataset
 from longer_rec.errors import ConfigError
-from longer_rec.job import Job
+from longer_rec.job import Job, source_config
 from longer_rec.plan import show
 from longer_rec.plan.calibrate import Measure, bytes_compared, calibrate, fit, seconds_compared
 from longer_rec.plan.scenario import KINDS, Constants, Outcome, Scenario, solve
@@ -44,12 +44,19 @@ class Request:
     calibration: Path | None
 
 
+def _refuse_instances(job: Job) -> None:
+    if job.data.instances is not None or source_config(job) is not None:
+        raise ConfigError("plan does not predict what instance tokens or model.compress cost; plan the model without: "
+                          "model.instances=null model.compress=null data.instances=null")
+
+
 def plan_job(job: Job, request: Request) -> bool:
     """Plan for every topology, print what was found and write ``plan.html`` and a ``plan.json`` for each that fits.
 
     Whether all of them fit. Faults of the words are raised before anything is searched or written.
     """
     quiet_libraries()
+    _refuse_instances(job)
     dataset = open_dataset(job.data.dir, verify=False)
     proposers = parse_list("--proposer", request.proposers, PROPOSERS)
     partitioners = parse_list("--partitioner", request.partitioners, PARTITIONERS)
@@ -174,6 +181,7 @@ def calibrate_job(job: Job, ranks: str, out: Path, measure: Measure) -> None:
         raise ConfigError(f"--calibrate={ranks} is not a list of numbers of ranks; use such as 1,2,4")
     numbers = [int(number) for number in parse_list("--calibrate", ranks)]
     _make_directory(out)
+    _refuse_instances(job)
     compared = calibrate(job, open_dataset(job.data.dir, verify=False), measure, numbers, _CALIBRATION_STEPS)
     constants = fit(compared)
     console = make_console()

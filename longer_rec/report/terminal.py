@@ -124,8 +124,8 @@ class TrainProgress:
     """
 
     def __init__(self, name: str, num_steps: int, start: int = 0, enabled: bool = True, console: Console | None = None,
-                 plain_every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = console or make_console()
+                 plain_every_s: float = 10.0, clock: Callable[[], float] = time.monotonic, unit: str = "step") -> None:
+        self._console, self._unit = console or make_console(), unit
         self._name, self._num_steps, self._start, self._enabled = name, num_steps, start, enabled
         self._plain_every_s, self._clock = plain_every_s, clock
         self._started = self._printed = clock()
@@ -167,11 +167,11 @@ class TrainProgress:
         self._printed = now
         done = step - self._start
         left_s = (now - self._started) / done * (self._num_steps - step) if done else 0.0
-        self._console.print(f"{self._name}: step {format_count(step)} of {format_count(self._num_steps)}  "
+        self._console.print(f"{self._name}: {self._unit} {format_count(step)} of {format_count(self._num_steps)}  "
                             f"{self._figures()}  {format_clock(left_s)} left", markup=False)
 
     def _figures(self) -> str:
-        parts = [f"loss {format_metric('loss', self._train.get('loss'))}"]
+        parts = [f"loss {format_metric('loss', self._train['loss'])}"] if "loss" in self._train else []
         if is_number(self._auc):
             parts.append(f"AUC {format_metric('auc', self._auc)}")
         if is_number(self._train.get("requests_per_s")):

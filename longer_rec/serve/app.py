@@ -52,6 +52,7 @@ class ServeConfig(EngineConfig):
     history_ttl_s: float = pydantic.Field(7 * 86400.0, gt=0)
     drain_s: float = pydantic.Field(10.0, ge=0, description="for requests under way when told to stop")
     log_dir: Path | None = pydantic.Field(None, description="where served requests are written as Parquet")
+    instances: Path | None = pydantic.Field(None, description="the store of instances, if not where the export had it")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Server:
     def __init__(self, path: Path, config: ServeConfig, tokens: Tokens | None) -> None:
         self.path, self.config, self.tokens = path, config, tokens
         self.limits = Limits(config.max_events, config.max_candidates)
-        self.engine = Engine(load_bundle(path), config)
+        self.engine = Engine(load_bundle(path, store=config.instances), config)
         self.histories = Histories(config.history_bytes, config.history_ttl_s)
         self.log = RequestLog(config.log_dir) if config.log_dir else None
         self.is_closing = False
@@ -134,7 +135,7 @@ class Server:
         async with self._reloading:
             old = self.engine.served.bundle
             try:
-                bundle = await asyncio.to_thread(load_bundle, self.path)
+                bundle = await asyncio.to_thread(load_bundle, self.path, store=self.config.instances)
             except LongerRecError as error:
                 _log.error("version %s stays: %s", old.version, error)
                 raise HTTPException(409, "the bundle cannot be read, the server's log says why; the old one stays"

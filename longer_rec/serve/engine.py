@@ -23,7 +23,7 @@ from longer_rec.batch import RequestBatch, concat_batches
 from longer_rec.bundle import Bundle
 from longer_rec.config import Config
 from longer_rec.errors import DeadlinePassed, Overloaded
-from longer_rec.model.inputs import UserSide
+from longer_rec.model.inputs import InstanceSide, UserSide, all_ages
 from longer_rec.model.longer import LongerTower
 from longer_rec.model.state import UserState, join_states, map_state, split_state
 from longer_rec.serve.metrics import Metrics
@@ -227,7 +227,7 @@ class Engine:
         batch = concat_batches([_without_candidates(job.request.batch) for job in jobs])
         side = bundle.ranker.user_side(batch, bundle.tables.users(batch))
         states = split_state(bundle.ranker.tower.encode(side))
-        ages = side.age_T.split(batch.history_length_B.tolist())
+        ages = all_ages(side)
         self.metrics.prefill_s.observe(time.monotonic() - start)
         self.metrics.prefill_users.observe(len(jobs))
         for job, state, age_T in zip(jobs, states, ages, strict=True):
@@ -311,10 +311,13 @@ def _without_candidates(batch: RequestBatch) -> RequestBatch:
 
 
 def _without_history(batch: RequestBatch) -> RequestBatch:
-    return replace(batch, history={}, history_time_T=batch.history_time_T[:0], users={}, user_length_B={})
+    return replace(batch, history={}, history_time_T=batch.history_time_T[:0], users={}, user_length_B={},
+                   instances={})
 
 
 def _ages(batch: RequestBatch) -> UserSide:
     """Ids and ages of one request, all that ``retime`` reads."""
+    none, given = batch.user_dense_BF[:0], batch.instances
+    instances = InstanceSide(given["length"], batch.request_time_B - given["time"], none, none, {}) if given else None
     return UserSide({}, batch.history, batch.request_time_B - batch.history_time_T, batch.history_length_B, {},
-                    batch.user_dense_BF)
+                    batch.user_dense_BF, instances)

@@ -78,13 +78,16 @@ def encode_score(bundle: Bundle, body: Any, stored: Columns | None, limits: Limi
                          "leave it out")
     end = int(np.searchsorted(times, time))
     kept = slice(max(0, end - bundle.manifest.max_events), end)
+    instances = {} if bundle.instances is None else {
+        name: torch.from_numpy(values) for name, values in bundle.instances.of_user(body.get("user"), time).items()}
     if time_quantum_s:
         time = -(-time // time_quantum_s) * time_quantum_s
-    return _encode(bundle, body, {name: values[kept] for name, values in events.items()}, times[kept], time, limits)
+    return _encode(bundle, body, {name: values[kept] for name, values in events.items()}, times[kept], time, instances,
+                   limits)
 
 
-def _encode(bundle: Bundle, body: Columns, events: Mapping[str, Any], times: I64, time: int, limits: Limits
-            ) -> EncodedRequest:
+def _encode(bundle: Bundle, body: Columns, events: Mapping[str, Any], times: I64, time: int,
+            instances: dict[str, torch.Tensor], limits: Limits) -> EncodedRequest:
     item = bundle.schema.item_features[0].name
     wanted = _column(body["candidates"], "candidates")
     if not 1 <= len(wanted) <= limits.max_candidates:
@@ -103,10 +106,10 @@ def _encode(bundle: Bundle, body: Columns, events: Mapping[str, Any], times: I64
         candidate_dense_CF=bundle.item_dense_VF[candidate_row], num_candidates_B=torch.tensor([len(candidate_row)]),
         label_CY=torch.zeros(len(candidate_row), len(bundle.schema.tasks)), users=users, user_length_B=lengths,
         user_dense_BF=torch.zeros(1, 0), request_time_B=torch.tensor([time]),
-        request_row_B=torch.zeros(1, dtype=torch.int64))
+        request_row_B=torch.zeros(1, dtype=torch.int64), instances=instances)
     validate_batch(batch, bundle.schema)
     digest = hashlib.blake2b(digest_size=16)
-    for values in (*users.values(), *history.values(), batch.history_time_T):
+    for values in (*users.values(), *history.values(), batch.history_time_T, *instances.values()):
         digest.update(values.numel().to_bytes(8, "little"))
         digest.update(values.numpy().data)
     unknown = {"events": int((event_row == 0).sum()), "candidates": int((candidate_row == 0).sum()),

@@ -113,6 +113,7 @@ def _roles(schema: Schema) -> tuple[list[tuple[str, Feature]], list[tuple[str, F
     rows = [(f"history.{feature.name}", feature) for feature in schema.history_features]
     rows += [(f"candidates.{feature.name}", feature) for feature in schema.item_features]
     rows += [(f"users.{feature.name}", feature) for feature in schema.user_features if not feature.multi_valued]
+    rows += [(f"instances.{feature.name}", feature) for feature in schema.instance_features]
     pooled = [(f"users.{feature.name}", feature) for feature in schema.user_features if feature.multi_valued]
     for key, feature in pooled:
         sharers = [other for other, row_feature in rows if row_feature.table == feature.table]
@@ -152,8 +153,9 @@ class SparseTables(nn.Module):
     def forward(self, batch: RequestBatch) -> dict[str, Tensor]:
         """Look up a whole batch at once.
 
-        Returns "history.<feature>" (T x E), "candidates.<feature>" (C x E) and "users.<feature>" (B x E), rows in
-        the order of the batch's ids. Every exchange is started before the first is waited for, so that they overlap.
+        Returns "history.<feature>" (T x E), "candidates.<feature>" (C x E), "users.<feature>" (B x E) and
+        "instances.<feature>" (N x E), rows in the order of the batch's ids. Every exchange is started before the first
+        is waited for, so that they overlap.
         """
         pending = {name: self.ec[name](_jagged(batch, keys)) for name, keys in self._ec_keys.items()}
         pooled = self.ebc(self._pooled_ids(batch)) if self.ebc is not None else None
@@ -196,6 +198,8 @@ def _ids(batch: RequestBatch, key: str) -> tuple[Tensor, Tensor]:
         return batch.history[name], batch.history_length_B
     if role == "candidates":
         return batch.candidates[name], batch.num_candidates_B
+    if role == "instances":
+        return batch.instances[name], batch.instances["length"]
     return batch.users[name], batch.user_length_B[name]
 
 

@@ -15,9 +15,10 @@ from longer_rec.bundle import Bundle, BundleManifest, EmbeddingKind, commit_bund
 from longer_rec.config import Config
 from longer_rec.data.batches import make_batch
 from longer_rec.data.history import Dataset
+from longer_rec.data.instance_sources import InstancesConfig
 from longer_rec.data.loader import DataConfig
 from longer_rec.errors import ConfigError, DataError, ServeError
-from longer_rec.job import Job, input_widths
+from longer_rec.job import Job, input_widths, source_config
 from longer_rec.model.inputs import CandidateSide
 from longer_rec.model.state import split_state
 from longer_rec.ranker import Ranker
@@ -47,6 +48,9 @@ def export_run(run_dir: Path, out: Path, options: ExportOptions) -> BundleManife
     """
     prepare_process()
     job = only_read(load_job(run_dir))
+    if (source := source_config(job)) is not None and source.order == "user":
+        raise ConfigError(f"{run_dir} compresses in user order, where a request's logits depend on others of its "
+                          "batch; such a run fills a store (`longer-rec compress`) and is not served")
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out (a server changes over by a link to the newest bundle)")
     with joined_world(job.train.timeout_s) as world, _building(out) as directory:
@@ -97,8 +101,14 @@ def _manifest(job: Job, dataset: Dataset, step: int, options: ExportOptions) -> 
         name=job.name, model=job.model, max_events=job.data.max_events, widths=input_widths(dataset.schema, job),
         pooling=job.sparse.pooling, embeddings=options.embeddings,
         user_name=dataset.config.users.name if dataset.config.users.id_feature else None,
-        duplicates=dataset.config.duplicates,
+        duplicates=dataset.config.duplicates, instances=_absolute(job.data.instances),
+        instances_fingerprint=dataset.instances.fingerprint if dataset.instances is not None else None,
         source={"run": job.name, "step": step, "data": dataset.config.name, "data_fingerprint": dataset.fingerprint})
+
+
+def _absolute(config: InstancesConfig | None) -> InstancesConfig | None:
+    """With the store's path as a server elsewhere on this machine finds it."""
+    return config and config.model_copy(update={"store": config.store.resolve()})
 
 
 def _whole_tables(trainer: Trainer) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from longer_rec.data.history import Dataset, open_dataset
 from longer_rec.data.partition import SPLITS
 from longer_rec.elastic.assignment import resolve_num_workers
 from longer_rec.errors import CheckpointError, DataError
-from longer_rec.job import Job, baseline_jobs
+from longer_rec.job import Job, add_instances, baseline_jobs
 from longer_rec.report.html import write_report
 from longer_rec.report.terminal import plan_table
 from longer_rec.runtime.determinism import make_deterministic
@@ -39,11 +40,11 @@ def train(job: Job) -> list[Row] | None:
     """
     prepare_process()
     with StopSignal() as stop, joined_world(job.train.timeout_s) as world:
-        dataset = open_data(job, world)
-        jobs = [job, *baseline_jobs(job).values()]
-        for each in jobs:
+        plain = open_plain_data(job, world)
+        jobs = [(each, on_all(partial(add_instances, each, plain))) for each in (job, *baseline_jobs(job).values())]
+        for each, dataset in jobs:
             check_job(each, dataset, world)
-        rows = [_train_one(each, dataset, world, stop, show_plan=each is job) for each in jobs]
+        rows = [_train_one(each, dataset, world, stop, show_plan=each is job) for each, dataset in jobs]
         if not world.is_main:
             return None
         with writing(job.run_dir):
@@ -141,12 +142,18 @@ def unsaved_run(job: Job) -> Iterator[Trainer]:
     """A trainer at step 0 of which nothing is kept; a collective call."""
     prepare_process()
     with joined_world(job.train.timeout_s) as world:
-        dataset = open_dataset(job.data.dir, verify=False)
+        dataset = add_instances(job, open_dataset(job.data.dir, verify=False))
         num_workers = resolve_num_workers(job.elastic, world.size)
         yield Trainer(job, dataset, world, parallelize(job, dataset, world), num_workers)
 
 
 def open_data(job: Job, world: World, splits: Sequence[str] = SPLITS) -> Dataset:
+    """The job's data, with the past instances that its model reads; a collective call."""
+    plain = open_plain_data(job, world, splits)
+    return on_all(lambda: add_instances(job, plain))
+
+
+def open_plain_data(job: Job, world: World, splits: Sequence[str] = SPLITS) -> Dataset:
     """One rank of each host verifies the hashes of its files; a fault anywhere ends the run everywhere."""
     def open_and_check() -> Dataset:
         dataset = open_dataset(job.data.dir, verify=world.local_rank == 0)

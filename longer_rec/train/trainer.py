@@ -25,7 +25,7 @@ from longer_rec.elastic.step import (
     unflatten_gradients,
 )
 from longer_rec.errors import CheckpointError, DataError, LongerRecError, Preempted
-from longer_rec.job import Job
+from longer_rec.job import Job, source_config
 from longer_rec.report.terminal import TrainProgress
 from longer_rec.runtime.determinism import derive_seed
 from longer_rec.runtime.distributed import World, on_main
@@ -88,8 +88,11 @@ class Trainer:
 
     def loader(self, num_steps: int) -> TrainLoader:
         """The batches of the own workers for the next steps."""
+        source = source_config(self.job)
         return TrainLoader(self.dataset, self.job.data, seed=self.job.seed, num_workers=self.num_workers,
-                           workers=self.workers, start_step=self.step, num_steps=num_steps)
+                           workers=self.workers, start_step=self.step, num_steps=num_steps,
+                           user_order=source is not None and source.order == "user",
+                           reverse_second_pass=source is not None and source.reverse_second_pass)
 
     def train_step(self, batches: list[RequestBatch]) -> StepResult:
         """One batch of every own logical worker.

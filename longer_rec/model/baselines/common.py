@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from longer_rec.config import Config
 from longer_rec.errors import ConfigError
+from longer_rec.model.compressor import CompressConfig
 from longer_rec.model.head import Head, HeadConfig, scaled_inputs
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide, keep_newest
+from longer_rec.model.instances import InstanceTokensConfig, build_instances
 from longer_rec.model.interaction import InteractionConfig, build_interaction
 from longer_rec.model.jagged import request_of
 from longer_rec.model.state import LayerCache, UserState
@@ -26,6 +28,8 @@ class BaselineConfig(Config):
 
     interaction: InteractionConfig | None = None
     head: HeadConfig = HeadConfig()
+    compress: CompressConfig | None = pydantic.Field(None, description="a source model of instance tokens")
+    instances: InstanceTokensConfig | None = None
 
 
 class SequenceConfig(BaselineConfig):
@@ -57,7 +61,11 @@ class Baseline(nn.Module):
         raw_candidate, raw_user = config.head.raw_widths(widths)
         if config.interaction is not None:
             raw_candidate += config.interaction.width
-        self.head = Head(config.head, candidate_width + raw_candidate, user_width + raw_user, num_tasks)
+        self.instances = build_instances(config.instances, widths, self.interaction)
+        if config.instances is not None:
+            raw_candidate += config.instances.out_width
+        self.head = Head(config.head, candidate_width + raw_candidate, user_width + raw_user, num_tasks,
+                         config.compress)
 
     def encode_events(self, user: UserSide) -> UserState:
         """What the candidates need of a user's events; ``head_BF`` are inputs of the head here, for ``encode`` to go on
@@ -74,17 +82,23 @@ class Baseline(nn.Module):
         parts = [state.head_BF, *scaled_inputs(user.user_embedding, self.user_names, self.scale)]
         parts.append(user.dense_BF.to(self.head.user.weight.dtype))
         runs = self.interaction.encode(user) if self.interaction is not None else None
-        return replace(state, head_BF=self.head.encode(torch.cat(parts, dim=1)), matches=runs)
+        instances = self.instances.encode(user) if self.instances is not None else None
+        return replace(state, head_BF=self.head.encode(torch.cat(parts, dim=1)), matches=runs, instances=instances,
+                       past=user.instances if self.head.compressor is not None else None)
 
     def score(self, state: UserState, candidates: CandidateSide) -> Tensor:
         """Logits C x Y."""
         parts = self.candidate_inputs(state, candidates)
+        statistics = []
         if self.interaction is not None and state.matches is not None:
-            parts.append(self.interaction.score(state.matches, candidates))
+            statistics = [self.interaction.score(state.matches, candidates)]
+            parts += statistics
+        if self.instances is not None and state.instances is not None:
+            parts.append(self.instances.score(state.instances, candidates, statistics))
         parts += scaled_inputs(candidates.embedding, self.item_names, self.scale)
         parts.append(candidates.dense_CF.to(self.head.user.weight.dtype))
         request_C = request_of(candidates.length_B, candidates.dense_CF.shape[0])
-        return self.head(torch.cat(parts, dim=1), state.head_BF, request_C)
+        return self.head(torch.cat(parts, dim=1), state.head_BF, request_C, state.past)
 
 
 class SequenceTower(Baseline):
