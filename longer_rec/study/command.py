@@ -15,18 +15,20 @@ from typing import Any, Final
 import psutil
 import torch
 
-from longer_rec.config import dump_config, load_config
+from longer_rec.config import apply_overrides, build_config, dump_config, load_config
 from longer_rec.data.history import Dataset, open_dataset
+from longer_rec.data.instances import read_store_manifest
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job, build_ranker, changed_keys
 from longer_rec.report.study_page import print_table, write_study
 from longer_rec.runtime.machine import num_cores
 from longer_rec.runtime.preemption import StopSignal
 from longer_rec.study.progress import StudyProgress
-from longer_rec.study.spec import StudyConfig, Variant, load_study, variants
+from longer_rec.study.spec import StudyConfig, Variant, load_study, source_job, variants
 from longer_rec.study.table import study_content
 from longer_rec.study.tasks import Task, run_tasks
 from longer_rec.study.trial import run_trial
+from longer_rec.train.compress import CompressOptions, compress_run
 from longer_rec.train.run import train
 from longer_rec.train.run_dir import read_run, write_atomically
 
@@ -51,9 +53,12 @@ def run_study(path: Path, overrides: Sequence[str], command: str) -> bool:
             rounds = _Rounds(study, grid, datasets, parallel, stop, progress)
             failed = rounds.run()
         content = study_content(study, grid, rounds.runs, rounds.costs, rounds.choices, failed)
-        content |= {"command": command, "spent_s": StudyProgress.spent_s(spent)}
+        content |= {"stores": rounds.stores, "command": command, "spent_s": StudyProgress.spent_s(spent)}
         page = write_study(study.directory, content)
     print_table(content)
+    for name, metrics in content["stores"].items():
+        print(f"store {name}: its source model has " + ", ".join(
+            f"{metric} {metrics[metric]:.4f}" for metric in ("auc", "logloss", "gauc")) + " on the test split")
     for name, reason in failed.items():
         print(f"{name}: failed, {reason}")
     print(f"report: {page}")
@@ -62,7 +67,7 @@ def run_study(path: Path, overrides: Sequence[str], command: str) -> bool:
 
 @dataclass
 class _Rounds:
-    """The three rounds of a study, each of which needs the results of the one before."""
+    """The rounds of a study, each of which needs the results of the one before."""
 
     study: StudyConfig
     grid: list[Variant]
@@ -72,12 +77,13 @@ class _Rounds:
     progress: StudyProgress
 
     def run(self) -> dict[str, str]:
-        """Measure each model, search its setting, run all seeds; the reason by name of what failed."""
+        """Fill the stores, measure each model, search its setting, run all seeds; the reason by name of what failed."""
         self.costs: dict[Path, dict[str, Any]] = {}
         self.choices: dict[Path, str] = {}
         self.runs: dict[Path, dict[int, Task]] = {}
+        failed = self._fill_stores()
         probes = {variant.folder: self._trial(variant, "probe", self._probe_epochs(variant)) for variant in self.grid}
-        failed = self._round("measuring", list(probes.values()), fill=True)
+        failed |= self._round("measuring", list(probes.values()), fill=True)
         self.costs = {folder: json.loads(task.result.read_text()) for folder, task in probes.items() if task.done}
         measured = [variant for variant in self.grid if variant.folder in self.costs]
         searched = {variant.folder: {
@@ -92,6 +98,25 @@ class _Rounds:
             if tasks or not searched.get(variant.folder):
                 self.runs[variant.folder] = {seed: self._run_task(variant, seed) for seed in self.study.seeds}
         return failed | self._round("training", [task for tasks in self.runs.values() for task in tasks.values()])
+
+    def _fill_stores(self) -> dict[str, str]:
+        """Train the source models, then compress: store by store, for one may need another's."""
+        self.stores: dict[str, dict[str, float]] = {}
+        directory, stores = self.study.directory / "stores", self.study.stores
+        jobs = {name: source_job(self.study, name) for name, store in stores.items() if store.run is None}
+        sources = [Task(job.name, job, job.run_dir, job.run_dir / "results.json", partial(_train, job))
+                   for job in jobs.values()]
+        failed = self._round("training source models", sources)
+        for name, store in stores.items():
+            settings = [text.replace("$stores", str(directory)) for text in store.compress]
+            options = build_config(CompressOptions, apply_overrides({}, settings), f"stores.{name}.compress")
+            job, path = jobs[store.run or name], directory / name
+            task = Task(f"store {name}", job, path, directory / f"{name}.json",
+                        partial(_compress, job.run_dir, path, options))
+            failed |= self._round("compressing", [task])
+            if task.done:
+                self.stores[name] = json.loads(task.result.read_text())
+        return failed
 
     def _round(self, phase: str, tasks: list[Task], fill: bool = False) -> dict[str, str]:
         for task in tasks:
@@ -152,6 +177,10 @@ def _train(job: Job) -> None:
     train(job)
 
 
+def _compress(run_dir: Path, store: Path, options: CompressOptions) -> dict[str, float]:
+    return compress_run(run_dir, store, options).metrics
+
+
 def _filler(task: Task, number: int) -> Task:
     """A task over again, beside others whose speed is measured."""
     path = task.path.with_name(f"filler-{number}")
@@ -162,15 +191,17 @@ def _filler(task: Task, number: int) -> Task:
 def _open_datasets(study: StudyConfig, grid: Sequence[Variant]) -> dict[Path, Dataset]:
     """The data of all variants, each of which is built once without memory; nothing is written."""
     datasets: dict[Path, Dataset] = {}
-    for variant in grid:
-        job = variant.job(study.directory)
+    jobs = {f"stores.{name}": source_job(study, name) for name, store in study.stores.items() if store.run is None}
+    for label, job in {**jobs, **{f"models.{each.label}": each.job(study.directory) for each in grid}}.items():
         if job.data.dir not in datasets:
             datasets[job.data.dir] = open_dataset(job.data.dir, verify=False)
+        if job.data.instances is not None:
+            continue  # the store that says how wide a token is may have to be made yet
         try:
             with torch.device("meta"):
                 build_ranker(job, datasets[job.data.dir].schema, torch.device("meta"))
         except ConfigError as error:
-            raise ConfigError(f"models.{variant.label}: {error}") from None
+            raise ConfigError(f"{label}: {error}") from None
     return datasets
 
 
@@ -180,7 +211,9 @@ def _refuse_changed(task: Task, dataset: Dataset, directory: Path) -> None:
     changed = changed_keys(load_config(Job, before), task.job) if before.exists() else []
     if (task.job.run_dir / "run.json").exists():
         fingerprint = read_run(task.job.run_dir)["data"]["fingerprint"]
-        changed += ["the data's fingerprint"] * (fingerprint != dataset.fingerprint)
+        instances = task.job.data.instances
+        store = read_store_manifest(instances.store).fingerprint if instances is not None else None
+        changed += ["the data's fingerprint"] * (fingerprint != dataset.fingerprint_with(store))
     if changed:
         raise ConfigError(f"{before} was made for other settings (differs in {', '.join(changed)}"
                           f"{'; epochs follow from budget_s' * ('train.epochs' in changed)}); remove "

@@ -20,8 +20,22 @@ _OWN_KEYS = {"seed": "list seeds", "name": "name the model", "run_dir": "set out
 Quantity = Literal["max_events", "dense_parameters", "gflops"]
 
 
+class StoreSpec(Config):
+    """A store of instance tokens that models of the study read: a source model, trained on the first seed, compresses.
+
+    ``overrides`` of base and ``common`` make the source; ``run`` takes the source of another store instead.
+    ``compress`` are the command's settings.
+    """
+
+    overrides: Overrides = ()
+    run: str | None = None
+    compress: Overrides = ()
+
+
 class StudyConfig(Config):
     """``models`` crossed with ``data``, the axes of ``grid`` and ``seeds``; every name maps to overrides of ``base``.
+
+    ``stores`` are filled first, one after the other; ``$stores`` in an override is the directory they are in.
 
     With ``budget_s`` every run takes as long (equal time); without, the ``train.epochs`` that are written (equal
     requests). Each set of overrides in ``search`` is trained for ``search_budget_s`` on the first seed, and the best of
@@ -35,6 +49,7 @@ class StudyConfig(Config):
     data: dict[str, Overrides] = {}
     models: dict[str, Overrides]
     grid: dict[str, dict[str, Overrides]] = {}
+    stores: dict[str, StoreSpec] = {}
     seeds: tuple[int, ...] = (0, 1, 2)
     reference: str | None = pydantic.Field(None, description="the model that differences are to")
     budget_s: float | None = pydantic.Field(None, gt=0, description="training seconds of each run")
@@ -51,7 +66,7 @@ class StudyConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
-        names = [self.name, *self.data, *self.models, *self.grid, *self.search,
+        names = [self.name, *self.data, *self.models, *self.grid, *self.search, *self.stores,
                  *(name for points in self.grid.values() for name in points)]
         for name in names:
             if not _NAME.fullmatch(name):
@@ -59,7 +74,12 @@ class StudyConfig(Config):
         for key in ("models", "seeds"):
             if not getattr(self, key):
                 raise ValueError(f"{key} is empty; name at least one")
+        for name, store in self.stores.items():
+            if store.run is not None and (store.overrides or store.run not in self.stores):
+                raise ValueError(f"stores.{name}: run={store.run!r} takes the source of another store, and overrides "
+                                 "would make one; name one of stores, and leave overrides out")
         overrides = [self.common, *self.data.values(), *self.models.values(), *self.search.values(),
+                     *(store.overrides for store in self.stores.values()),
                      *(each for points in self.grid.values() for each in points.values())]
         for override in (text for texts in overrides for text in texts):
             if (key := re.split(r"[=.]", override)[0]) in _OWN_KEYS:
@@ -112,6 +132,14 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
     return study.model_copy(update={"base": path.parent / study.base})
 
 
+def source_job(study: StudyConfig, name: str) -> Job:
+    """The job of the source model of a store."""
+    store = study.stores[name]
+    content = apply_overrides(read_yaml(study.base) | {"baselines": {}}, [*study.common, *store.overrides])
+    run = {"name": f"source {name}", "run_dir": str(study.directory / "sources" / name), "seed": study.seeds[0]}
+    return build_config(Job, content | run, f"stores.{name}")
+
+
 def variants(study: StudyConfig) -> list[Variant]:
     """All lines of the table, in its order; ``ConfigError`` for overrides that no job can be built from.
 
@@ -128,7 +156,8 @@ def _variants(study: StudyConfig, base: Mapping[str, Any]) -> Iterator[Variant]:
     for data_name, point, (model, of_model) in product(data, product(*axes), study.models.items()):
         of_point = [override for axis, name in point for override in study.grid[axis][name]]
         folder = Path(*([data_name] if data_name else []), model, *(f"{axis}={name}" for axis, name in point))
-        overrides = [*study.common, *of_model, *data[data_name], *of_point]
+        overrides = [text.replace("$stores", str(study.directory / "stores"))
+                     for text in (*study.common, *of_model, *data[data_name], *of_point)]
         variant = Variant(data_name, model, dict(point), folder, base)
         variant = replace(variant, content=variant.merged(overrides))
         for choice in ((), *study.search.values()):

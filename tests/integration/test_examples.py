@@ -20,7 +20,8 @@ def run_example(path: Path, *arguments: object, cwd: Path) -> str:
 
 
 def test_every_example_is_known_and_short() -> None:
-    assert [path.stem for path in EXAMPLES] == ["01_first_run", "02_your_own_log", "05_serve"]
+    assert [path.stem for path in EXAMPLES] == ["01_first_run", "02_your_own_log", "04_instance_tokens",
+                                                   "05_serve"]
     for path in EXAMPLES:
         assert len(path.read_text().splitlines()) < 100, path
 
@@ -42,8 +43,15 @@ def test_a_log_of_ones_own_is_learned_and_nothing_is_left_behind(tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_was_trained_is_served_and_a_stored_history_scores_alike(tmp_path: Path) -> None:
+def test_tokens_tell_what_the_history_leaves_out(tmp_path: Path) -> None:
     printed = run_example(EXAMPLES[2], cwd=tmp_path)
+    assert figure(printed, r"(?m)^base: test AUC ([\d.]+)") <= 0.65
+    assert figure(printed, r"(?m)^tokens: test AUC ([\d.]+)") >= 0.8
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_trained_is_served_and_a_stored_history_scores_alike(tmp_path: Path) -> None:
+    printed = run_example(EXAMPLES[3], cwd=tmp_path)
     assert figure(printed, r"of AUC ([\d.]+)") >= 0.6
     answers = re.findall(r"(?m)^(with its history|a second time|with the stored history) \(\w+\): (.*)$", printed)
     assert len(answers) == 3

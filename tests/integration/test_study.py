@@ -140,3 +140,20 @@ def test_equal_time_with_a_search(commands: CommandServer, synthetic: Path, tmp_
     rate = json.loads((out / "trials/nothing/probe.json").read_text())["requests_per_s"]
     # 16 requests a step, rounded up.
     assert float(nothing["requests"]) == pytest.approx(rate * 0.5, abs=16 + 1e-3 * rate)
+
+
+def test_stores_are_filled_before_the_models_that_read_them(commands: CommandServer, synthetic: Path, tmp_path: Path
+                                                            ) -> None:
+    stores = {"own": {"overrides": ["model.compress={dim: 8}", "model.num_queries=4"]},
+              "small": {"run": "own", "compress": ["vectors=int8"]}}
+    reads = [LONGER, "data.instances={store: $stores/small, max_tokens: 8}", "model.instances={width: 16}"]
+    path, out = write(tmp_path, synthetic, "train.epochs=0.1", models={"tokens": reads}, seeds=[0], stores=stores,
+                      reference=None), tmp_path / "out"
+    outcome = commands.run("study", path)
+    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert re.search(r"store own: its source model has auc 0\.\d+, .*\nstore small: its source model has", outcome.out)
+    (row,) = table(out)
+    assert 0 < float(row["auc"]) < 1
+    before = finished(out)
+    assert commands.run("study", path).code == 0
+    assert finished(out) == before

@@ -8,7 +8,7 @@ import yaml
 
 from longer_rec.errors import ConfigError
 from longer_rec.study.command import equal_time_epochs
-from longer_rec.study.spec import load_study, variants
+from longer_rec.study.spec import load_study, source_job, variants
 from tests.unit.test_configs import HEADER
 
 STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
@@ -33,6 +33,18 @@ def test_the_grid_is_crossed_in_the_order_of_the_file(tmp_path):
     job = grid[-1].job(Path("x"), "seed=7")
     assert (str(job.data.dir), job.data.max_events, job.model.kind, job.seed) == ("two", 9, "no_sequence", 7)
     assert study.directory == Path("runs/studies/s")
+
+
+def test_stores_have_a_source_each_and_a_place(tmp_path):
+    stores = {"one": {"overrides": ["model.compress={dim: 8}"]}, "two": {"run": "one", "compress": ["vectors=int8"]}}
+    study, (variant,) = load(tmp_path, stores=stores, common=["data.max_events=7"], seeds=[5, 6], models={
+        "a": ["data.instances={store: $stores/two}", "model.instances={}"]})
+    source, reader = source_job(study, "one"), variant.job(Path("x"))
+    assert (source.model.compress.dim, source.data.max_events, source.seed) == (8, 7, 5)
+    assert reader.data.instances.store == study.directory / "stores" / "two"
+    for wrong in ({"run": "three"}, {"run": "one", "overrides": ["dense.lr=1"]}):
+        with pytest.raises(ConfigError, match=r"stores\.two: run=.* takes the source of another store"):
+            load(tmp_path, stores=stores | {"two": wrong})
 
 
 def test_later_overrides_win_and_baselines_are_not_run(tmp_path):
