@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
                   help="Train and serve rankers over ultra-long user histories.")
 
+bench_app = typer.Typer(help="Measure a bundle as it would run.")
+app.add_typer(bench_app, name="bench")
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings on top, such as data.max_events=200")]
 
 
@@ -153,6 +156,21 @@ def serve(
 
     run(bundle, build_config(ServeConfig, apply_overrides({}, settings or ()), "serve"),
         lambda line: print(line, flush=True))
+
+
+@bench_app.command("serve")
+def bench_serve(
+    bundle: Annotated[Path, typer.Argument(help="directory that `longer-rec export` wrote")],
+    settings: Annotated[list[str] | None, typer.Argument(
+        help="such as events=[250,1000] candidates=[64] hit_rates=[0,0.9] load=3 server.max_waiting=64")] = None,
+    out: Annotated[Path | None, typer.Option(help="directory for serve.json and serve.md")] = None,
+) -> None:
+    """Start a server of a bundle, send it requests at a given rate, tell how fast it answers; docs/serving.md."""
+    from longer_rec.bench.serve import ServeLoad
+    from longer_rec.bench.serve import bench_serve as run
+    from longer_rec.config import apply_overrides, build_config
+
+    run(bundle, build_config(ServeLoad, apply_overrides({}, settings or ()), "bench serve"), out)
 
 
 @app.command()

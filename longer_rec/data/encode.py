@@ -8,10 +8,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from longer_rec.data.files import naming_file
@@ -20,6 +22,7 @@ from longer_rec.data.order import I64
 from longer_rec.data.store import read_frame
 from longer_rec.errors import DataError
 
+F64 = npt.NDArray[np.float64]
 _HASH_SEED = 11
 
 
@@ -33,6 +36,17 @@ class Vocabulary:
     def num_rows(self) -> int:
         return len(self.values) + 1
 
+    @cached_property
+    def integers(self) -> I64 | None:
+        """The values where they are integers."""
+        return self.values.to_numpy() if self.values.dtype == pl.Int64 and len(self.values) else None
+
+    def encode_integers(self, raw: I64) -> I64:
+        """``encode`` of integers without nulls by ``integers``: a third of the time for a thousand of them."""
+        assert self.integers is not None
+        at = np.minimum(np.searchsorted(self.integers, raw), len(self.integers) - 1)
+        return np.where(self.integers[at] == raw, at + 1, 0)
+
     def encode(self, raw: pl.Series, what: str) -> I64:
         raw = as_ids(raw, what)
         if raw.dtype != self.values.dtype and raw.null_count() < len(raw):
@@ -42,12 +56,12 @@ class Vocabulary:
             return np.zeros(len(raw), np.int64)
         has_nulls = raw.null_count() > 0
         filled = raw.fill_null(self.values[0]) if has_nulls else raw  # polars takes 0.1 ms for each such step
-        at = np.minimum(_search(self.values, filled), len(self.values) - 1)
-        if self.values.dtype == pl.Int64:
-            hit = self.values.to_numpy()[at] == filled.to_numpy()
+        if self.integers is not None:
+            row = self.encode_integers(filled.to_numpy())
         else:
-            hit = (self.values.gather(pl.Series(at)) == filled).to_numpy()
-        return np.where(hit & raw.is_not_null().to_numpy() if has_nulls else hit, at + 1, 0)
+            at = np.minimum(self.values.search_sorted(filled).to_numpy().astype(np.int64), len(self.values) - 1)
+            row = np.where((self.values.gather(pl.Series(at)) == filled).to_numpy(), at + 1, 0)
+        return np.where(raw.is_not_null().to_numpy(), row, 0) if has_nulls else row
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,10 @@ class Bucketed:
         return len(self.boundaries) + 2
 
     def encode(self, raw: pl.Series, what: str) -> I64:
-        value = as_numbers(raw, what)
+        return self.encode_numbers(as_numbers(raw, what))
+
+    def encode_numbers(self, value: F64) -> I64:
+        """``encode`` of numbers with NaN for null."""
         bucket = np.searchsorted(np.asarray(self.boundaries), value, "right") + 1
         return np.where(np.isnan(value), 0, bucket)
 
@@ -102,7 +119,7 @@ def as_ids(raw: pl.Series, what: str) -> pl.Series:
     raise DataError(f"{what}: ids are integers or text, these are {kind}; convert the column")
 
 
-def as_numbers(raw: pl.Series, what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def as_numbers(raw: pl.Series, what: str) -> F64:
     """Float64 values with NaN for null; ``DataError`` for what is no number."""
     if not (raw.dtype.is_numeric() or raw.dtype in (pl.Boolean, pl.Null)):
         raise DataError(f"{what}: numbers are needed, these are {raw.dtype}; convert the column")
@@ -130,12 +147,6 @@ def flatten(lists: pl.Series) -> pl.Series:
     """All values of the lists, one after the other; empty lists have none."""
     filled = lists.filter(lists.list.len() > 0)
     return filled.explode() if len(filled) else pl.Series(lists.name, [], lists.dtype.inner)  # type: ignore[attr-defined]
-
-
-def _search(values: pl.Series, wanted: pl.Series) -> I64:
-    if values.dtype == pl.Int64:
-        return np.searchsorted(values.to_numpy(), wanted.to_numpy()).astype(np.int64)
-    return values.search_sorted(wanted).to_numpy().astype(np.int64)
 
 
 def build_vocabulary(values: pl.Series) -> Vocabulary:
@@ -183,7 +194,12 @@ def encoder_digest(encoder: Encoder) -> str:
 def encode_values(encoder: Encoder, raw: Sequence[Any] | np.ndarray[Any, Any], what: str) -> I64:
     """Rows of plain Python values or an array, as a request carries them; ``DataError`` for mixed or wrong types."""
     try:
+        kinds = {type(one) for one in raw} if isinstance(raw, list) else set()
+        if kinds == {int} and isinstance(encoder, Vocabulary) and encoder.integers is not None:
+            return encoder.encode_integers(np.array(raw, np.int64))
         if isinstance(encoder, Bucketed):  # 1 and 2.5 are both numbers, but no polars column of one type
+            if kinds and kinds <= {int, float}:
+                return encoder.encode_numbers(np.array(raw, np.float64))
             raw = [float(one) if isinstance(one, int) else one for one in raw]
         series = pl.Series(what, raw if isinstance(raw, np.ndarray) else list(raw), strict=True)
     except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError) as error:

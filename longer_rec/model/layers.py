@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longer_rec.model.attention import attend, join
+from longer_rec.model.attention import attend, attend_all, join
 from longer_rec.model.attention_plan import plan_attention
 from longer_rec.model.linear import Linear, for_attention, linear
 from longer_rec.model.norms import HeadNorm, LayerNorms, NormKind, build_norm, init_megatron
@@ -90,8 +90,8 @@ class CausalLayer(nn.Module):
         C, _, X = token_CGX.shape
         Q = len(mask.seen)
         query_CQHE, key_CGHE, value_CGHE = self.own_heads(self.attention_norm(token_CGX), Q)
-        plan = plan_attention(num_candidates_B * Q, cache.length_B, self.num_heads, causal=False)
-        shared, log_sum = attend(query_CQHE.flatten(0, 1), cache.key_SHE, cache.value_SHE, plan)
+        shared, log_sum = attend_all(query_CQHE.flatten(0, 1), cache.key_SHE, cache.value_SHE, num_candidates_B * Q,
+                                     cache.length_B)
         if cache.window is not None:
             shared, log_sum = self._add_window(shared, log_sum, query_CQHE, cache.window, num_candidates_B, mask)
         mixed_CQHE = merge_own(shared, log_sum, query_CQHE, key_CGHE, value_CGHE, mask)
@@ -104,8 +104,8 @@ class CausalLayer(nn.Module):
         parts = [Q - mask.num_hidden, mask.num_hidden]
         originals, hidden = shared_QHE.view(C, Q, H, E).split(parts, dim=1)
         original_sums, hidden_sums = log_sum_QH.view(C, Q, H).split(parts, dim=1)
-        plan = plan_attention(num_candidates_B * mask.num_hidden, window.length_B, H, causal=False)
-        added = attend(query_CQHE[:, parts[0]:].flatten(0, 1), window.key_SHE, window.value_SHE, plan)
+        added = attend_all(query_CQHE[:, parts[0]:].flatten(0, 1), window.key_SHE, window.value_SHE,
+                           num_candidates_B * mask.num_hidden, window.length_B)
         joined, sums = join((hidden.flatten(0, 1), hidden_sums.flatten(0, 1)), added)
         return (torch.cat([originals, joined.view(hidden.shape)], dim=1).flatten(0, 1),
                 torch.cat([original_sums, sums.view(hidden_sums.shape)], dim=1).flatten(0, 1))

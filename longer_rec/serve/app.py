@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import hmac
 import ipaddress
 import logging
@@ -27,6 +28,7 @@ from starlette.exceptions import HTTPException
 from longer_rec.bundle import load_bundle
 from longer_rec.data.request_log import RequestLog
 from longer_rec.errors import ConfigError, DeadlinePassed, LongerRecError, Overloaded, ServeError
+from longer_rec.runtime.memory import keep_freed_memory
 from longer_rec.serve.engine import Engine, EngineConfig
 from longer_rec.serve.histories import Histories
 from longer_rec.serve.openapi import EVENTS_BODY, SCORE_BODY
@@ -106,7 +108,7 @@ class Server:
         stored = None
         if isinstance(body, dict) and "history" not in body:
             user = body.get("user")
-            stored = self.histories.get(tenant, str(user)) if isinstance(user, int | str) else None
+            stored = self.histories.get(served.bundle, tenant, str(user)) if isinstance(user, int | str) else None
             if stored is None and "time" in body and "candidates" in body:
                 raise HTTPException(404, "the user has no stored history; send one, or its events first")
         request = encode_score(served.bundle, body, stored, self.limits, self.config.time_quantum_s)
@@ -285,7 +287,7 @@ async def _explain(request: fastapi.Request, error: Exception) -> fastapi.Respon
 
 
 class Guard:
-    """Before every route: the Host header, the token; behind it: the count of replies."""
+    """Before every route: the Host header, the token, room in the queue; behind it: the count of replies."""
 
     def __init__(self, app: Any, server: Server) -> None:
         self._app, self._server = app, server
@@ -310,7 +312,17 @@ class Guard:
         else:
             await self._app(scope, receive, counted)
 
-    def _refusal(self, request: fastapi.Request) -> HTTPException | None:
+    def _refusal(self, request: fastapi.Request) -> Exception | None:
+        """Why the request goes no further; a full server says so before it reads the body or looks for the route."""
+        refusal = self._who(request)
+        if refusal is None and request.url.path == "/v1/score":
+            try:
+                self._server.engine.check_room()
+            except Overloaded as fault:
+                return fault
+        return refusal
+
+    def _who(self, request: fastapi.Request) -> HTTPException | None:
         tokens = self._server.tokens
         if tokens is None:
             # A page in a browser on this machine must not reach the server under a name of its own.
@@ -333,6 +345,7 @@ class Guard:
 def serve(path: Path, config: ServeConfig, announce: Callable[[str], None] = print) -> None:
     """Serve a bundle until SIGTERM or SIGINT; requests under way then have ``drain_s`` to end."""
     tokens = read_tokens(config.host, os.environ)
+    keep_freed_memory()
     server = Server(path, config, tokens)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     # asyncio switches Nagle's algorithm off for sockets that name TCP alone; with it each answer takes 40 ms more.
@@ -354,4 +367,5 @@ def serve(path: Path, config: ServeConfig, announce: Callable[[str], None] = pri
         # For signals before uvicorn handles them, and for those it sends itself again once it has closed.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(http, "should_exit", True))
+        gc.freeze()  # half a million objects of the imports: a full collection among them stalls for 0.1 s
         http.run(sockets=[listener])

@@ -103,6 +103,7 @@ class Engine:
         self.served = self._serve(bundle)
         self._lock = threading.RLock()  # an answer given under it counts itself
         self._num_waiting = 0
+        self._pace_s, self._answered = 0.0, time.monotonic()  # between answers while others wait, smoothed
         self._is_closing = False
         self._followers: dict[CacheKey, list[Job]] = {}
         self._prefills: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -120,15 +121,13 @@ class Engine:
     def submit(self, request: EncodedRequest, tenant: str = "", served: Served | None = None) -> "Future[Answer]":
         """The answer to come; ``served`` is what the request was encoded for, by default what serves now.
 
-        ``Overloaded`` when ``max_waiting`` requests wait already; ``DeadlinePassed`` of a future that waited too long.
+        ``Overloaded`` as ``check_room`` has it; ``DeadlinePassed`` of a future that waited too long.
         """
         served = served or self.served
         with self._lock:
-            if self._is_closing:
-                raise Overloaded("the server is closing; ask another one")
-            if self._num_waiting >= self.config.max_waiting:
-                raise Overloaded(f"{self._num_waiting} requests are waiting, {self.config.max_waiting} at most; "
-                                 "come back later")
+            self.check_room()
+            if not self._num_waiting:
+                self._answered = time.monotonic()
             self._num_waiting += 1
         job = Job(served, request, CacheKey(served.bundle.version, tenant, request.user, request.digest),
                   time.monotonic() + self.config.deadline_ms / 1e3)
@@ -141,6 +140,21 @@ class Engine:
             else:
                 self._lead_or_follow(job)
         return job.future
+
+    def check_room(self) -> None:
+        """``Overloaded`` when ``max_waiting`` requests wait, or so many that a quarter of a deadline passes before them.
+
+        To be asked before any work is done for a request: what is accepted and then late has cost others their answer.
+        """
+        waiting, wait_s = self._num_waiting, self._num_waiting * self._pace_s
+        if self._is_closing:
+            raise Overloaded("the server is closing; ask another one")
+        if waiting >= self.config.max_waiting:
+            raise Overloaded(f"{waiting} requests are waiting, {self.config.max_waiting} at most; come back later")
+        # Two always may wait: their answers are what a pace that was too slow is corrected by.
+        if waiting >= 2 and wait_s > self.config.deadline_ms / 4e3:
+            raise Overloaded(f"{waiting} requests are waiting, {wait_s:.1f} s of work, more than a quarter of deadline_ms="
+                             f"{self.config.deadline_ms:g}; come back later")
 
     @property
     def is_alive(self) -> bool:
@@ -170,6 +184,10 @@ class Engine:
     def _count_answered(self, _: object) -> None:
         with self._lock:
             self._num_waiting -= 1
+            now = time.monotonic()
+            if self._num_waiting:
+                self._pace_s += 0.05 * (now - self._answered - self._pace_s)
+            self._answered = now
 
     def _lead_or_follow(self, job: Job) -> None:
         """Under the lock: wait for the prefill of the same user that is under way, or begin one."""

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,27 @@ import numpy as np
 from longer_rec.bundle import Bundle
 from longer_rec.data.encode import encode_values
 from longer_rec.errors import ServeError
-from longer_rec.serve.request import TIME, Columns, check_body, check_events, event_columns
+from longer_rec.serve.request import TIME, EncodedEvents, check_body, check_events, encode_events, event_columns
+
+
+@dataclass
+class _Stored:
+    """``text``: raw columns as JSON. ``events``: what a bundle made of them when they were last asked for."""
+
+    text: bytes
+    expires: float
+    events: EncodedEvents | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.text) + (self.events.num_bytes if self.events is not None else 0)
 
 
 class Histories:
     """Raw columns by (tenant, user), as JSON text, so that any bundle can encode them and every byte is counted.
 
     In memory alone: beyond ``limit_bytes`` the user that was idle longest is forgotten, as is one idle for ``ttl_s``.
+    Encoded events are kept beside the text where there is room, so that asking again costs no encoding.
     """
 
     def __init__(self, limit_bytes: int, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -26,19 +41,29 @@ class Histories:
         self.num_bytes = self.num_forgotten = 0
         self._clock = clock
         self._lock = threading.Lock()
-        self._texts: OrderedDict[tuple[str, str], tuple[float, bytes]] = OrderedDict()
+        self._stored: OrderedDict[tuple[str, str], _Stored] = OrderedDict()
 
-    def get(self, tenant: str, user: str) -> Columns | None:
-        """The columns of a user's history; None for a user without one."""
+    def get(self, bundle: Bundle, tenant: str, user: str) -> EncodedEvents | None:
+        """A user's history as ``bundle`` reads it; None for a user without one."""
         with self._lock:
             self._forget_old()
-            if (tenant, user) not in self._texts:
+            stored = self._stored.get((tenant, user))
+            if stored is None:
                 return None
-            _, text = self._texts[tenant, user]
-            self._texts[tenant, user] = self._clock() + self.ttl_s, text
-            self._texts.move_to_end((tenant, user))
-        columns: dict[str, Any] = json.loads(text)
-        return columns
+            stored.expires = self._clock() + self.ttl_s
+            self._stored.move_to_end((tenant, user))
+            if stored.events is not None and stored.events.version == bundle.version:
+                return stored.events
+            columns: dict[str, Any] = json.loads(stored.text)
+            times = np.asarray(columns.pop(TIME), np.int64)[-bundle.manifest.max_events:]
+            events = encode_events(bundle, {name: values[-bundle.manifest.max_events:] for name, values in
+                                            columns.items()}, times)
+            self.num_bytes -= stored.num_bytes
+            stored.events = events
+            if self.num_bytes + stored.num_bytes > self.limit_bytes:
+                stored.events = None
+            self.num_bytes += stored.num_bytes
+            return events
 
     def append(self, bundle: Bundle, tenant: str, user: str, body: Any, max_events: int) -> dict[str, Any]:
         """Add the events of a body; late ones find their place by time, after those of the same time.
@@ -54,7 +79,7 @@ class Histories:
                   for name, values in columns.items()}, TIME: times.tolist()}
         with self._lock:
             self._forget_old()
-            old = json.loads(self._texts[tenant, user][1]) if (tenant, user) in self._texts else {}
+            old = json.loads(self._stored[tenant, user].text) if (tenant, user) in self._stored else {}
             item = bundle.schema.item_features[0].name
             seen = set() if bundle.manifest.duplicates == "keep" else set(zip(old.get(item, ()), old.get(TIME, ()),
                                                                              strict=True))
@@ -73,7 +98,7 @@ class Histories:
     def clear(self) -> None:
         """Forget everybody: a new bundle's events have other columns."""
         with self._lock:
-            self._texts.clear()
+            self._stored.clear()
             self.num_bytes = 0
 
     def _put(self, key: tuple[str, str], text: bytes) -> None:
@@ -82,17 +107,17 @@ class Histories:
                              f"{self.limit_bytes}; send fewer events")
         self._drop(key)
         while self.num_bytes + len(text) > self.limit_bytes:
-            self._drop(next(iter(self._texts)))
+            self._drop(next(iter(self._stored)))
             self.num_forgotten += 1
-        self._texts[key] = self._clock() + self.ttl_s, text
+        self._stored[key] = _Stored(text, self._clock() + self.ttl_s)
         self.num_bytes += len(text)
 
     def _drop(self, key: tuple[str, str]) -> bool:
-        _, text = self._texts.pop(key, (0.0, b""))
-        self.num_bytes -= len(text)
-        return len(text) > 0
+        stored = self._stored.pop(key, None)
+        self.num_bytes -= stored.num_bytes if stored is not None else 0
+        return stored is not None
 
     def _forget_old(self) -> None:
-        while self._texts and next(iter(self._texts.values()))[0] <= self._clock():
-            self._drop(next(iter(self._texts)))
+        while self._stored and next(iter(self._stored.values())).expires <= self._clock():
+            self._drop(next(iter(self._stored)))
             self.num_forgotten += 1

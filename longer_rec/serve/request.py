@@ -2,8 +2,9 @@
 
 import difflib
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,36 @@ class Limits:
 
     max_events: int = 20_000
     max_candidates: int = 2_000
+
+
+@dataclass(frozen=True)
+class EncodedEvents:
+    """A user's events as the bundle of ``version`` reads them: oldest first, its ``max_events`` newest at most."""
+
+    version: str
+    ids: dict[str, torch.Tensor]
+    time_T: torch.Tensor
+    is_unknown_T: torch.Tensor
+
+    @cached_property
+    def digest(self) -> bytes:
+        return _digest((*self.ids.values(), self.time_T))
+
+    @cached_property
+    def num_unknown(self) -> int:
+        return int(self.is_unknown_T.sum())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(values.untyped_storage().nbytes() for values in (*self.ids.values(), self.time_T, self.is_unknown_T))
+
+    def before(self, time: int) -> "EncodedEvents":
+        """Those strictly before ``time``."""
+        end = int(torch.searchsorted(self.time_T, time))
+        if end == len(self.time_T):
+            return self
+        return EncodedEvents(self.version, {name: ids[:end] for name, ids in self.ids.items()}, self.time_T[:end],
+                             self.is_unknown_T[:end])
 
 
 @dataclass(frozen=True)
@@ -58,7 +89,7 @@ def raw_user(bundle: Bundle, name: str) -> str | int:
     return int(name) if name.isdecimal() and bundle.users.values.dtype.is_integer() else name
 
 
-def encode_score(bundle: Bundle, body: Any, stored: Columns | None, limits: Limits, time_quantum_s: int = 0
+def encode_score(bundle: Bundle, body: Any, stored: EncodedEvents | None, limits: Limits, time_quantum_s: int = 0
                  ) -> EncodedRequest:
     """A body of `POST /v1/score` as a batch; ``stored`` is the user's history where the body brings none.
 
@@ -68,53 +99,63 @@ def encode_score(bundle: Bundle, body: Any, stored: Columns | None, limits: Limi
     """
     body = check_body(body, _SCORE_KEYS, required=("time", "candidates"))
     time = _time(body["time"])
-    columns = body.get("history", stored)
-    if columns is None:
+    if "history" in body:
+        columns, times = check_events(bundle, body["history"], limits.max_events)
+        if len(times) and times[-1] >= time:
+            raise ServeError(f"history: an event at time {times[-1]} is not strictly before the request's time {time}; "
+                             "leave it out")
+        kept = slice(max(0, len(times) - bundle.manifest.max_events), None)
+        events = encode_events(bundle, {name: values[kept] for name, values in columns.items()}, times[kept])
+    elif stored is not None:
+        events = stored.before(time)
+    else:
         raise ServeError("'history' is missing and the user has no stored one; send its columns "
                          f"({', '.join(event_columns(bundle))}), empty for a new user")
-    events, times = check_events(bundle, columns, limits.max_events)
-    if "history" in body and len(times) and times[-1] >= time:
-        raise ServeError(f"history: an event at time {times[-1]} is not strictly before the request's time {time}; "
-                         "leave it out")
-    end = int(np.searchsorted(times, time))
-    kept = slice(max(0, end - bundle.manifest.max_events), end)
     instances = {} if bundle.instances is None else {
         name: torch.from_numpy(values) for name, values in bundle.instances.of_user(body.get("user"), time).items()}
     if time_quantum_s:
         time = -(-time // time_quantum_s) * time_quantum_s
-    return _encode(bundle, body, {name: values[kept] for name, values in events.items()}, times[kept], time, instances,
-                   limits)
+    return _encode(bundle, body, events, instances, time, limits)
 
 
-def _encode(bundle: Bundle, body: Columns, events: Mapping[str, Any], times: I64, time: int,
-            instances: dict[str, torch.Tensor], limits: Limits) -> EncodedRequest:
+def encode_events(bundle: Bundle, columns: Mapping[str, Any], times: I64) -> EncodedEvents:
+    """Checked columns and times as the rows of tables that the ranker reads."""
+    item = bundle.schema.item_features[0].name
+    row_T = torch.from_numpy(encode_values(bundle.encoders[item], columns[item], f"history.{item}"))
+    ids = {name: ids[row_T] for name, ids in bundle.items.items()}
+    for feature in bundle.schema.event_features:
+        rows = encode_values(bundle.encoders[feature.table], columns[feature.name], f"history.{feature.name}")
+        ids[feature.name] = torch.from_numpy(rows)
+    return EncodedEvents(bundle.version, ids, torch.from_numpy(times), row_T == 0)
+
+
+def _encode(bundle: Bundle, body: Columns, events: EncodedEvents, instances: dict[str, torch.Tensor], time: int,
+            limits: Limits) -> EncodedRequest:
     item = bundle.schema.item_features[0].name
     wanted = _column(body["candidates"], "candidates")
     if not 1 <= len(wanted) <= limits.max_candidates:
         raise ServeError(f"candidates: {len(wanted)} are given, 1 to {limits.max_candidates} are taken; "
                          "split the request")
-    event_row = torch.from_numpy(encode_values(bundle.encoders[item], events[item], f"history.{item}"))
     candidate_row = torch.from_numpy(encode_values(bundle.encoders[item], wanted, "candidates"))
-    history = {name: ids[event_row] for name, ids in bundle.items.items()}
-    for feature in bundle.schema.event_features:
-        rows = encode_values(bundle.encoders[feature.table], events[feature.name], f"history.{feature.name}")
-        history[feature.name] = torch.from_numpy(rows)
     users, lengths, known = _encode_user(bundle, body)
     batch = RequestBatch(
-        history=history, history_time_T=torch.from_numpy(times), history_length_B=torch.tensor([len(times)]),
+        history=events.ids, history_time_T=events.time_T, history_length_B=torch.tensor([len(events.time_T)]),
         candidates={name: ids[candidate_row] for name, ids in bundle.items.items()},
         candidate_dense_CF=bundle.item_dense_VF[candidate_row], num_candidates_B=torch.tensor([len(candidate_row)]),
         label_CY=torch.zeros(len(candidate_row), len(bundle.schema.tasks)), users=users, user_length_B=lengths,
         user_dense_BF=torch.zeros(1, 0), request_time_B=torch.tensor([time]),
         request_row_B=torch.zeros(1, dtype=torch.int64), instances=instances)
     validate_batch(batch, bundle.schema)
+    unknown = {"events": events.num_unknown, "candidates": int((candidate_row == 0).sum()), "users": int(not known)}
+    return EncodedRequest(str(body.get("user", "")), batch, _digest((*users.values(), *instances.values())) + events.digest, unknown)
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    for values in (*users.values(), *history.values(), batch.history_time_T, *instances.values()):
+    for values in tensors:
         digest.update(values.numel().to_bytes(8, "little"))
         digest.update(values.numpy().data)
-    unknown = {"events": int((event_row == 0).sum()), "candidates": int((candidate_row == 0).sum()),
-               "users": int(not known)}
-    return EncodedRequest(str(body.get("user", "")), batch, digest.digest(), unknown)
+    return digest.digest()
 
 
 def _encode_user(bundle: Bundle, body: Columns) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], bool]:

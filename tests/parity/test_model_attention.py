@@ -1,14 +1,14 @@
 """Grouped attention and the own-token merge against their explicit twins, forward and gradients, in fp64."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from longer_rec.model import attention_plan
-from longer_rec.model.attention import attend, join
+from longer_rec.model.attention import attend, attend_all, join
 from longer_rec.model.attention_plan import plan_attention
 from longer_rec.model.own_attention import OwnMask, merge_own, own_mask
 from tests.reference.attention import attend_ref, merge_own_ref
@@ -63,6 +63,20 @@ def test_queries_without_keys_give_zero_and_minus_infinity() -> None:
     assert torch.equal(output[:2], torch.zeros(2, 2, 4))
     assert (log_sum[:2] == -math.inf).all()
     assert torch.isfinite(log_sum[2]).all()
+
+
+@pytest.mark.parametrize("which", [range(7), [4], [3], [5]], ids=["many", "one", "no keys", "neither"])
+def test_without_gradients_attention_to_all_keys_is_the_same(which: Sequence[int]) -> None:
+    keys, queries = (torch.tensor(lengths)[list(which)] for lengths in FULL)
+    torch.manual_seed(0)
+    inputs = [torch.randn(int(length.sum()), 3, 4) for length in (queries, keys, keys)]
+    with torch.no_grad():
+        fast = attend_all(*inputs, queries, keys)
+    slow = attend_all(*inputs, queries, keys)
+    for left, right, wanted in zip(fast, slow, attend_ref(*inputs, queries, keys, False, None, None), strict=True):
+        assert left.shape == wanted.shape
+        torch.testing.assert_close(left, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(right, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_to_attend_at_all() -> None:

@@ -139,6 +139,24 @@ def test_too_many_waiting_are_refused_and_late_ones_told_so(bundle: Bundle, monk
         engine.submit(encoded(bundle, body(4)))
 
 
+def test_what_would_wait_for_a_quarter_of_a_deadline_is_refused_at_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(bundle, EngineConfig(deadline_ms=1500, batch_requests=1))
+    slow_down(engine, monkeypatch, 0.1)
+    accepted, refused = [], 0
+    for user in range(120):
+        try:
+            accepted.append(engine.submit(encoded(bundle, body(user))))
+        except Overloaded as fault:
+            assert "s of work, more than a quarter of deadline_ms=1500" in str(fault)
+            refused += 1
+        time.sleep(0.02)
+    late = sum(isinstance(answer.exception(10), DeadlinePassed) for answer in accepted)
+    assert refused > 40
+    assert late < len(accepted) / 3, "those accepted before the pace was known"
+    assert engine.submit(encoded(bundle, body(200))).result(10), "there is room again"
+    engine.close()
+
+
 def test_a_fault_in_a_batch_fails_its_requests_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     tower = engine.served.bundle.ranker.tower
     with monkeypatch.context() as patch:
@@ -217,23 +235,70 @@ def test_appended_events_score_like_the_whole_history_at_once(bundle: Bundle, ev
     kept = max(0, len(events) - MAX_EVENTS)
     cut = {name: values[kept:] if len(values) > kept else [] for name, values in cut.items()}
     ask_for = {"user": "u", "time": when, "candidates": [1, 2, 39]}
-    stored = encode_score(bundle, ask_for, histories.get("", "u"), Limits())
+    stored = encode_score(bundle, ask_for, histories.get(bundle, "", "u"), Limits())
     given_whole = encode_score(bundle, {**ask_for, "history": cut}, None, Limits())
     assert stored.digest == given_whole.digest
     with torch.no_grad():
         assert torch.equal(bundle.ranker(stored.batch), bundle.ranker(given_whole.batch))
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 39), st.integers(1000, 1040)), min_size=1, max_size=MAX_EVENTS + 3),
+       st.sampled_from(["new", "late", "again", "trimmed"]), st.data())
+def test_a_changed_history_is_never_answered_from_an_old_state(bundle: Bundle, events: list[tuple[int, int]], how: str,
+                                                               data: st.DataObject) -> None:
+    """An event at the end, before others, a second time, or one fewer: a fresh prefill, and what it gives."""
+    events = sorted(events, key=lambda event: event[1])
+    changed = list(events)
+    if how == "trimmed":
+        changed.pop(data.draw(st.integers(max(0, len(events) - MAX_EVENTS), len(events) - 1)))
+    else:
+        item, when = data.draw(st.sampled_from(events)) if how == "again" else (1, 1041 if how == "new" else 1000)
+        at = sum(then <= when for _, then in events)
+        changed.insert(at, (item, when))
+    engine = Engine(bundle, EngineConfig())
+    answers = []
+    for one in (events, events, changed):
+        raw = {"user": "u", "time": TIME, "candidates": [1, 2, 39], "history": {
+            "item": [item for item, _ in one], "time": [when for _, when in one], "price": [1] * len(one),
+            "place": ["place 1"] * len(one)}}
+        answers.append(ask(engine, raw))
+        assert np.abs(answers[-1].logit_CY - full(bundle, raw)).max() <= 1e-5
+    engine.close()
+    same = changed[-MAX_EVENTS:] == events[-MAX_EVENTS:]
+    assert [answer.source for answer in answers] == ["prefill", "hit", "hit" if same else "prefill"]
+
+
+def test_a_stored_history_is_encoded_once_and_anew_for_a_new_bundle(bundle: Bundle, dataset: Dataset, tmp_path: Path
+                                                                    ) -> None:
+    histories = Histories(1 << 20, 1e6)
+    histories.append(bundle, "", "u", {"events": body()["history"]}, 100)
+    first = histories.get(bundle, "", "u")
+    assert first is not None
+    assert histories.get(bundle, "", "u") is first
+    other = random_bundle(dataset, tmp_path / "other", seed=1)
+    again = histories.get(other, "", "u")
+    assert again is not None
+    assert (again.version, again.digest) == (other.version, first.digest)
+    histories.append(bundle, "", "u", {"events": body(first=20, length=1)["history"]}, 100)
+    longer = histories.get(bundle, "", "u")
+    assert longer is not None
+    assert len(longer.time_T) == 10
+    cut = longer.before(1141)
+    assert (len(cut.time_T), cut.digest, longer.digest != first.digest) == (9, first.digest, True)
+
+
 def test_histories_stay_below_their_limit_and_forget_the_idle(bundle: Bundle) -> None:
     histories = Histories(1500, 1e6)
     for user in range(40):
         histories.append(bundle, "", str(user), {"events": body(0, 1 + user % 9)["history"]}, 100)
-        assert histories.num_bytes == sum(len(text) for _, text in histories._texts.values()) <= 1500
+        histories.get(bundle, "", str(user // 2))
+        assert histories.num_bytes == sum(stored.num_bytes for stored in histories._stored.values()) <= 1500
     assert histories.num_forgotten > 10
-    assert histories.get("", "0") is None
-    assert histories.get("", "39") is not None
+    assert histories.get(bundle, "", "0") is None
+    assert histories.get(bundle, "", "39") is not None
     assert histories.delete("", "39")
-    assert histories.get("", "39") is None
+    assert histories.get(bundle, "", "39") is None
     with pytest.raises(ServeError, match="all histories may take history_bytes=10"):
         Histories(10, 1e6).append(bundle, "", "u", {"events": body()["history"]}, 100)
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,12 @@ from longer_rec.serve.client import Refused
 from longer_rec.serve.request import Limits, encode_score
 from tests.integration.conftest import CommandServer
 from tests.reference.bundles import shop_dataset, write_random_bundle
+from tests.reference.provenance import RESULTS, provenance
 from tests.reference.servers import RunningServer, running_server
 
 DOCS = Path(__file__).parents[3] / "docs"
+FULL = os.environ.get("LONGER_REC_FAULTS") == "full"
+ANSWERED: Counter[int] = Counter()
 TOKENS = {"LONGER_REC_TOKEN": "a token for asking", "LONGER_REC_ADMIN_TOKEN": "a token for the admin"}
 SCORE = {"user": "a visitor with number 3", "time": 2000,
          "history": {"item": [1, 2, 3], "time": [1000, 1000, 1900], "price": [1, 2.5, None],
@@ -207,7 +211,7 @@ BODY = st.fixed_dictionaries({}, optional={
     "history": st.fixed_dictionaries({}, optional=dict.fromkeys(("item", "time", "price", "place"), COLUMN)) | JSON})
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000 if FULL else 300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(BODY | JSON,
        st.sampled_from(["/v1/score", "/v1/users/u/events", "/v1/users/%00/events", "/v1/reload", "/nothing"]),
        st.sampled_from(["POST", "POST", "POST", "GET", "DELETE", "PUT"]), st.booleans())
@@ -220,9 +224,30 @@ def test_no_body_path_or_method_is_a_server_error(server: RunningServer, body: A
     kind = "application/msgpack" if packed else "application/json"
     for sent in (content, content if not isinstance(body, dict) else json.dumps({**SCORE, **body}).encode()):
         status, answer, _ = call(server, sent, path, method, **{"Content-Type": kind})
+        ANSWERED[status] += 1
         assert status < 500, answer
         assert status == 200 or list(answer) == ["error"]
         assert "Traceback" not in str(answer)
+
+
+@pytest.mark.skipif(not FULL, reason="writes the result of the full count")
+def test_the_server_lives_after_them_all(server: RunningServer) -> None:
+    assert call(server, SCORE)[0] == 200
+    assert ANSWERED.total() >= 4000
+    rows = "".join(f"| {status} | {count} |\n" for status, count in sorted(ANSWERED.items()))
+    command = "LONGER_REC_FAULTS=full python -m pytest tests/integration/serving/test_server.py -k 'error or lives'"
+    (RESULTS / "reliability_requests.md").write_text(f"""# Generated requests
+
+**Theme.** No body, path or method makes the server fail or talk too much.
+
+**Question.** What do 2,000 generated cases answer, each sent as it was generated and, where it is an object, with its
+keys put over a request that is right? Bodies that are no JSON or MessagePack, wrong types, lengths, times and ids are
+among them; every answer has one line of `error` and no stack trace.
+
+{provenance(command, "hypothesis", "fastapi", "uvicorn")}
+| status | answers |
+|---|---|
+{rows}""", encoding="utf-8")
 
 
 def test_pages_and_probes_answer(server: RunningServer) -> None:

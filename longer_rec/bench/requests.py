@@ -1,0 +1,81 @@
+"""Requests that a bundle understands, from known and unknown users: bodies of `POST /v1/score`."""
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from longer_rec.bundle import Bundle
+from longer_rec.data.encode import Bucketed, Encoder, Vocabulary
+from longer_rec.errors import ConfigError
+
+TIME = 1_700_000_000
+_DISTINCT = 8  # histories, and lists of candidates; users share them, their states are their own
+_STRANGER = 10**12
+
+
+class Requests:
+    """Users 0 ... ``num_users`` - 1 come back, user n with a frequency of 1 / (n + 1) ** ``zipf``; strangers never.
+
+    With ``stored`` the former leave their history out, which the server must have been told.
+    """
+
+    def __init__(self, bundle: Bundle, num_events: int, num_candidates: int, num_users: int, zipf: float,
+                 stored: bool = False, seed: int = 0) -> None:
+        if num_events > bundle.manifest.max_events:
+            raise ConfigError(f"events={num_events}: the bundle reads the newest {bundle.manifest.max_events} alone; "
+                              "ask for fewer, or export a run with a larger data.max_events")
+        self._draw = random.Random(seed)
+        self._bundle, self.num_events, self.num_users, self._stored = bundle, num_events, num_users, stored
+        self._users = np.random.default_rng(seed)
+        share = 1 / np.arange(1, num_users + 1) ** zipf
+        self._ends = (share / share.sum()).cumsum()
+        item = bundle.schema.item_features[0].name
+        features = {feature.name: feature.table for feature in bundle.schema.event_features}
+
+        def history() -> bytes:
+            columns = {"time": sorted(self._draw.sample(range(TIME - 10**7, TIME - 1), num_events))}
+            for name, table in {item: item, **features}.items():
+                columns[name] = self._values(bundle.encoders[table], num_events)
+            return json.dumps(columns, separators=(",", ":")).encode()
+
+        self._histories = [history() for _ in range(_DISTINCT)]
+        self._candidates = [json.dumps(self._values(bundle.encoders[item], num_candidates)).encode()
+                            for _ in range(_DISTINCT)]
+
+    def stream(self, hit_rate: float) -> Iterator[bytes]:
+        """Bodies without end; a share ``hit_rate`` of users who come back."""
+        strangers = self._draw.randrange(1, _STRANGER) * _STRANGER
+        while True:
+            if self._draw.random() < hit_rate:
+                yield self.known(min(int(self._ends.searchsorted(self._users.random())), self.num_users - 1))
+            else:
+                strangers += 1
+                yield self._body(strangers, with_history=True)
+
+    def known(self, user: int) -> bytes:
+        """A body of a user who comes back."""
+        return self._body(user, with_history=not self._stored)
+
+    def events(self, user: int) -> tuple[str, bytes]:
+        """The path and the body that tell the server a user's history."""
+        return f"/v1/users/{self.name(user)}/events", b'{"events":%b}' % self._histories[user % _DISTINCT]
+
+    def _body(self, user: int, with_history: bool) -> bytes:
+        history = b'"history":%b,' % self._histories[user % _DISTINCT] if with_history else b""
+        return b'{"user":%b,"time":%d,%b"candidates":%b}' % (
+            json.dumps(self.name(user)).encode(), TIME, history, self._draw.choice(self._candidates))
+
+    def name(self, user: int) -> int | str:
+        """As the data has users: a number or text."""
+        return user % (1 << 62) if self._bundle.users.values.dtype.is_integer() else f"user-{user}"
+
+    def _values(self, encoder: Encoder, count: int) -> list[Any]:
+        if isinstance(encoder, Vocabulary):
+            rows = [self._draw.randrange(len(encoder.values)) for _ in range(count)] if len(encoder.values) else []
+            return encoder.values.gather(rows).to_list() if rows else [None] * count
+        if isinstance(encoder, Bucketed):
+            return self._draw.choices([0.0, *encoder.boundaries], k=count)
+        return [self._draw.randrange(encoder.num_buckets) for _ in range(count)]
