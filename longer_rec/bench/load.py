@@ -1,11 +1,12 @@
 """Requests sent over real sockets: at a given rate, whatever the answers take, or one after the other."""
 
 import asyncio
-import random
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import numpy as np
 
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 _STATE = re.compile(rb'"state":"(\w+)"')
@@ -76,10 +77,10 @@ async def open_loop(sender: Sender, bodies: Iterator[bytes], rate: float, second
 
     A loop that waited for answers would ask less just when the server is slow, and never see its queue.
     """
-    draw = random.Random(seed)
+    draw = np.random.default_rng(seed)
     start = due = time.perf_counter()
     tasks: list[asyncio.Task[Sample]] = []
-    while (due := due + draw.expovariate(rate)) < start + seconds:
+    while (due := due + draw.exponential(1 / rate)) < start + seconds:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         tasks.append(asyncio.create_task(sender.post(next(bodies), due)))
     return await asyncio.gather(*tasks)

@@ -1,7 +1,6 @@
 """Requests that a bundle understands, from known and unknown users: bodies of `POST /v1/score`."""
 
 import json
-import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from longer_rec.errors import ConfigError
 
 TIME = 1_700_000_000
 _DISTINCT = 8  # histories, and lists of candidates; users share them, their states are their own
-_STRANGER = 10**12
+_STRANGERS = 10**9
 
 
 class Requests:
@@ -27,16 +26,15 @@ class Requests:
         if num_events > bundle.manifest.max_events:
             raise ConfigError(f"events={num_events}: the bundle reads the newest {bundle.manifest.max_events} alone; "
                               "ask for fewer, or export a run with a larger data.max_events")
-        self._draw = random.Random(seed)
+        self._draw = np.random.default_rng(seed)
         self._bundle, self.num_events, self.num_users, self._stored = bundle, num_events, num_users, stored
-        self._users = np.random.default_rng(seed)
         share = 1 / np.arange(1, num_users + 1) ** zipf
         self._ends = (share / share.sum()).cumsum()
         item = bundle.schema.item_features[0].name
         features = {feature.name: feature.table for feature in bundle.schema.event_features}
 
         def history() -> bytes:
-            columns = {"time": sorted(self._draw.sample(range(TIME - 10**7, TIME - 1), num_events))}
+            columns = {"time": np.sort(self._draw.integers(TIME - 10**7, TIME, num_events)).tolist()}
             for name, table in {item: item, **features}.items():
                 columns[name] = self._values(bundle.encoders[table], num_events)
             return json.dumps(columns, separators=(",", ":")).encode()
@@ -47,10 +45,10 @@ class Requests:
 
     def stream(self, hit_rate: float) -> Iterator[bytes]:
         """Bodies without end; a share ``hit_rate`` of users who come back."""
-        strangers = self._draw.randrange(1, _STRANGER) * _STRANGER
+        strangers = int(self._draw.integers(1, _STRANGERS)) * _STRANGERS
         while True:
             if self._draw.random() < hit_rate:
-                yield self.known(min(int(self._ends.searchsorted(self._users.random())), self.num_users - 1))
+                yield self.known(min(int(self._ends.searchsorted(self._draw.random())), self.num_users - 1))
             else:
                 strangers += 1
                 yield self._body(strangers, with_history=True)
@@ -66,16 +64,17 @@ class Requests:
     def _body(self, user: int, with_history: bool) -> bytes:
         history = b'"history":%b,' % self._histories[user % _DISTINCT] if with_history else b""
         return b'{"user":%b,"time":%d,%b"candidates":%b}' % (
-            json.dumps(self.name(user)).encode(), TIME, history, self._draw.choice(self._candidates))
+            json.dumps(self.name(user)).encode(), TIME, history, self._candidates[self._draw.integers(_DISTINCT)])
 
     def name(self, user: int) -> int | str:
         """As the data has users: a number or text."""
-        return user % (1 << 62) if self._bundle.users.values.dtype.is_integer() else f"user-{user}"
+        return user if self._bundle.users.values.dtype.is_integer() else f"user-{user}"
 
     def _values(self, encoder: Encoder, count: int) -> list[Any]:
+        if isinstance(encoder, Vocabulary) and not len(encoder.values):
+            return [None] * count
         if isinstance(encoder, Vocabulary):
-            rows = [self._draw.randrange(len(encoder.values)) for _ in range(count)] if len(encoder.values) else []
-            return encoder.values.gather(rows).to_list() if rows else [None] * count
+            return encoder.values.gather(self._draw.integers(0, len(encoder.values), count)).to_list()
         if isinstance(encoder, Bucketed):
-            return self._draw.choices([0.0, *encoder.boundaries], k=count)
-        return [self._draw.randrange(encoder.num_buckets) for _ in range(count)]
+            return self._draw.choice([0.0, *encoder.boundaries], count).tolist()
+        return self._draw.integers(0, encoder.num_buckets, count).tolist()

@@ -139,15 +139,17 @@ def test_too_many_waiting_are_refused_and_late_ones_told_so(bundle: Bundle, monk
         engine.submit(encoded(bundle, body(4)))
 
 
-def test_what_would_wait_for_a_quarter_of_a_deadline_is_refused_at_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_would_wait_too_long_is_refused_at_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(bundle, EngineConfig(deadline_ms=1500, batch_requests=1))
     slow_down(engine, monkeypatch, 0.1)
     accepted, refused = [], 0
     for user in range(120):
+        request = encoded(bundle, body(user))
         try:
-            accepted.append(engine.submit(encoded(bundle, body(user))))
-        except Overloaded as fault:
-            assert "s of work, more than a quarter of deadline_ms=1500" in str(fault)
+            accepted.append(engine.submit(request))
+        except Overloaded:
+            with pytest.raises(Overloaded, match="s of work, more than a quarter of deadline_ms=1500"):
+                engine.check_room()
             refused += 1
         time.sleep(0.02)
     late = sum(isinstance(answer.exception(10), DeadlinePassed) for answer in accepted)
@@ -203,6 +205,15 @@ def test_bf16_states_stay_within_their_bound(bundle: Bundle) -> None:
     assert engine.served.cache.num_bytes < exact.served.cache.num_bytes
     engine.close()
     exact.close()
+
+
+def test_bf16_matmuls_stay_within_their_bound_and_hit_as_they_miss(bundle: Bundle) -> None:
+    engine = Engine(bundle, EngineConfig(precision="bf16"))
+    answers = [ask(engine, body()) for _ in range(2)]
+    assert [answer.source for answer in answers] == ["prefill", "hit"]
+    assert np.array_equal(answers[0].logit_CY, answers[1].logit_CY)
+    assert 0 < np.abs(answers[0].logit_CY - full(bundle, body())).max() <= 5e-2
+    engine.close()
 
 
 def test_within_a_time_quantum_requests_hit(engine: Engine) -> None:
