@@ -41,7 +41,6 @@ class EngineConfig(Config):
     tenant_bytes: pydantic.ByteSize | None = pydantic.Field(None, gt=0, description="of the cache, for each tenant")
     cache_ttl_s: float = pydantic.Field(3600.0, gt=0)
     cache_dtype: Literal["float32", "bfloat16"] = pydantic.Field("float32", description="of cached keys and values")
-    precision: Literal["fp32", "bf16"] = pydantic.Field("fp32", description="of the tower's matmuls, but attention's")
     max_waiting: int = pydantic.Field(256, ge=1, description="requests accepted and not answered; more are refused")
     deadline_ms: float = pydantic.Field(2000.0, gt=0, description="of a request, its body's arrival included")
     batch_requests: int = pydantic.Field(16, ge=1, description="at most, in one prefill or one scoring")
@@ -204,7 +203,7 @@ class Engine:
             for served in {id(job.served): job.served for job in jobs}.values():
                 own = [job for job in jobs if job.served is served]
                 try:
-                    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, self.config.precision == "bf16"):
+                    with torch.inference_mode():
                         work(own)
                 except Exception as fault:
                     self._fail(own, fault)
@@ -292,7 +291,7 @@ class Engine:
         ranker, tables = ready[0].served.bundle.ranker, ready[0].served.bundle.tables
         batch = concat_batches([_without_history(job.request.batch) for job in ready])
         side = ranker.candidate_side(batch, tables.candidates(batch.candidates))
-        logit_CY = ranker.tower.score(join_states(states), side).float()
+        logit_CY = ranker.tower.score(join_states(states), side)
         self.metrics.score_s.observe(time.monotonic() - start)
         self.metrics.score_requests.observe(len(ready))
         for job, logits in zip(ready, logit_CY.cpu().split(batch.num_candidates_B.tolist()), strict=True):

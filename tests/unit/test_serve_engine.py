@@ -207,15 +207,6 @@ def test_bf16_states_stay_within_their_bound(bundle: Bundle) -> None:
     exact.close()
 
 
-def test_bf16_matmuls_stay_within_their_bound_and_hit_as_they_miss(bundle: Bundle) -> None:
-    engine = Engine(bundle, EngineConfig(precision="bf16"))
-    answers = [ask(engine, body()) for _ in range(2)]
-    assert [answer.source for answer in answers] == ["prefill", "hit"]
-    assert np.array_equal(answers[0].logit_CY, answers[1].logit_CY)
-    assert 0 < np.abs(answers[0].logit_CY - full(bundle, body())).max() <= 5e-2
-    engine.close()
-
-
 def test_within_a_time_quantum_requests_hit(engine: Engine) -> None:
     answers = [engine.submit(encode_score(engine.served.bundle, body(when=when), None, Limits(), time_quantum_s=60)
                              ).result(10) for when in (1981, 2000, 2040, 2041)]
