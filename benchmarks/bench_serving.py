@@ -99,7 +99,8 @@ def _times(tower: LongerTower, user: UserSide, candidates: CandidateSide) -> lis
 def accuracy() -> None:
     """How far cached answers lie from a forward of each candidate alone, and what bf16 moves."""
     tower, lines, count = build(100, 2000), list[list[str]](), 64
-    found: dict[str, list[tuple[float, int]]] = {"keys and values cached in bf16": [], "and all matmuls but attention's": []}
+    found: dict[str, list[tuple[float, int]]] = {"keys and values cached in bf16": [],
+                                                 "all matmuls but attention's in bf16": []}
     exact = 0.0
     for seed in range(20):
         torch.manual_seed(seed)

@@ -147,7 +147,8 @@ def _encode(bundle: Bundle, body: Columns, events: EncodedEvents, instances: dic
         request_row_B=torch.zeros(1, dtype=torch.int64), instances=instances)
     validate_batch(batch, bundle.schema)
     unknown = {"events": events.num_unknown, "candidates": int((candidate_row == 0).sum()), "users": int(not known)}
-    return EncodedRequest(str(body.get("user", "")), batch, _digest((*users.values(), *instances.values())) + events.digest, unknown)
+    digest = _digest((*users.values(), *instances.values())) + events.digest
+    return EncodedRequest(str(body.get("user", "")), batch, digest, unknown)
 
 
 def _digest(tensors: Iterable[torch.Tensor]) -> bytes:
