@@ -42,7 +42,7 @@ class EncodedEvents:
 
     @cached_property
     def digest(self) -> bytes:
-        return _digest((*self.ids.values(), self.time_T))
+        return _digest((*(self.ids[name] for name in sorted(self.ids)), self.time_T))
 
     @cached_property
     def num_unknown(self) -> int:
