@@ -140,7 +140,7 @@ def test_too_many_waiting_are_refused_and_late_ones_told_so(bundle: Bundle, monk
 
 
 def test_what_would_wait_too_long_is_refused_at_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(bundle, EngineConfig(deadline_ms=1500, batch_requests=1))
+    engine = Engine(bundle, EngineConfig(deadline_ms=3000, batch_requests=1))
     slow_down(engine, monkeypatch, 0.1)
     accepted, refused = [], 0
     for user in range(120):
@@ -148,13 +148,13 @@ def test_what_would_wait_too_long_is_refused_at_once(bundle: Bundle, monkeypatch
         try:
             accepted.append(engine.submit(request))
         except Overloaded:
-            with pytest.raises(Overloaded, match="s of work, more than a quarter of deadline_ms=1500"):
+            with pytest.raises(Overloaded, match="s of work, more than a quarter of deadline_ms=3000"):
                 engine.check_room()
             refused += 1
         time.sleep(0.02)
     late = sum(isinstance(answer.exception(10), DeadlinePassed) for answer in accepted)
-    assert refused > 40
-    assert late < len(accepted) / 3, "those accepted before the pace was known"
+    assert refused > 10
+    assert late == 0
     assert engine.submit(encoded(bundle, body(200))).result(10), "there is room again"
     engine.close()
 
@@ -286,7 +286,7 @@ def test_a_stored_history_is_encoded_once_and_anew_for_a_new_bundle(bundle: Bund
     longer = histories.get(bundle, "", "u")
     assert longer is not None
     assert len(longer.time_T) == 10
-    cut = longer.before(1141)
+    cut = longer.before(1140)
     assert (len(cut.time_T), cut.digest, longer.digest != first.digest) == (9, first.digest, True)
 
 
