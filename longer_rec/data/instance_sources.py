@@ -119,7 +119,7 @@ def read_instances(dataset: Dataset, config: InstancesConfig) -> Dataset:
     """
     source = StoredInstances(config, dataset.schema, dataset.encoders, dataset.user_keys)
     users = dataset.user_keys[np.linspace(0, len(dataset.user_keys) - 1, _SAMPLED_USERS).astype(np.int64)]
-    if source.reader.fetch(users.tolist(), [1 << 62] * len(users), 1)[1].sum() == 0:
+    if not source.reader.knows_any(users.tolist()):
         raise DataError(f"{config.store} has no instance of any user of {dataset.path}; it was made from other users")
     return replace(dataset, instances=source, schema=dataset.schema.model_copy(update={"instances": source.schema}))
 

@@ -133,6 +133,13 @@ class InstanceReader:
         with _reading(self.path):
             return _progress(*_environment(self.path))
 
+    def knows_any(self, users: Sequence[int]) -> bool:
+        """Whether there is a record of one of the users, whatever its time."""
+        with _reading(self.path):
+            environment, blocks, _ = _environment(self.path)
+            with environment.begin(db=blocks, buffers=True) as transaction, transaction.cursor() as cursor:
+                return any(True for user in users for _ in _walk_back(cursor, user, _KEY.pack(user, _LAST, 0)))
+
     def fetch(self, user: Sequence[int], before: Sequence[int], max_tokens: int) -> tuple[Array, I64]:
         """Of each user the newest ``max_tokens`` records whose labels were known strictly before a time, oldest first.
 

@@ -122,6 +122,21 @@ def test_compressing_a_run_twice_adds_nothing(commands: CommandServer, source: P
     assert "choose another --out" in refused.err
 
 
+def test_with_a_retention_only_what_is_newer_is_stored_and_read(
+        commands: CommandServer, source: Path, store: Path, synthetic: Path, tmp_path: Path) -> None:
+    outcome = commands.run("compress", source, "--out", tmp_path / "new", "retention_days=1", "features=[]")
+    assert outcome.code == 0, outcome
+    dataset = open_dataset(synthetic)
+    time = dataset.requests.take("time", np.arange(dataset.requests.num_rows))
+    kept = everything(store, dataset)[0]["time"] >= time.max() - 86400
+    num_instances = InstanceReader(tmp_path / "new").progress()["instances"]
+    assert 0 < num_instances == kept.sum() < len(kept)
+    reading = read_instances(dataset, InstancesConfig(store=tmp_path / "new"))
+    newest = make_batch(reading, [int(time.argmax())], max_events=1)
+    assert newest.num_instances > 0
+    assert int((newest.request_time_B - newest.instances["time"]).max()) <= 86400
+
+
 def test_what_the_transformer_made_is_stored_from_the_vectors_before_it(
         commands: CommandServer, source: Path, store: Path, synthetic: Path, tmp_path: Path) -> None:
     assert "belong together" in commands.run("compress", source, "--out", tmp_path / "post", "stored=post").err
