@@ -220,7 +220,7 @@ def plan(
     configs: Annotated[list[str], typer.Argument(
         metavar="CONFIG [KEY.SUB=VALUE]...", help="YAML file and settings on top; with --diff, two plan files")],
     topology: Annotated[list[str] | None, typer.Option(
-        help="machines, such as 8x80GB, 16xH100, 64x80GB:local=8,host=1TB,inter=50GB/s, or auto; repeatable")] = None,
+        help="machines, such as 8x80GB, 16xH100, 64x80GB:local=8,host=1TB,ssd=4TB, or auto; repeatable")] = None,
     proposer: Annotated[str, typer.Option(help="greedy, uniform; with commas")] = "greedy,uniform",
     partitioner: Annotated[str, typer.Option(help="perf, memory; with commas")] = "perf,memory",
     sweep: Annotated[list[str] | None, typer.Option(

@@ -1,5 +1,6 @@
 """The root configuration: every part's own config joined into one run, and the ranker it describes."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
@@ -8,10 +9,11 @@ import pydantic
 import torch
 
 from longer_rec.config import Config, apply_overrides, build_config, flatten
+from longer_rec.data.frequency import replay_lookups
 from longer_rec.data.history import Dataset
 from longer_rec.data.instance_sources import BatchInstances, read_instances
 from longer_rec.data.loader import DataConfig
-from longer_rec.elastic.assignment import ElasticConfig
+from longer_rec.elastic.assignment import ElasticConfig, resolve_num_workers
 from longer_rec.model.compressor import CompressConfig
 from longer_rec.model.inputs import InputWidths, InstanceWidths
 from longer_rec.model.recompute import apply_recompute
@@ -19,7 +21,10 @@ from longer_rec.model.tower import AnyTowerConfig, build_tower
 from longer_rec.ranker import Ranker
 from longer_rec.runtime.determinism import derive_seed
 from longer_rec.schema import Schema
+from longer_rec.sparse.cache import forecast_caches
 from longer_rec.sparse.optimizers import DenseOptimizerConfig
+from longer_rec.sparse.placement import Floats, step_fetches
+from longer_rec.sparse.planfile import SparsePlan
 from longer_rec.sparse.tables import SparseConfig, build_tables, widths
 
 Precision = Literal["fp32", "bf16"]
@@ -98,6 +103,19 @@ def baseline_jobs(job: Job) -> dict[str, Job]:
                            f"baselines.{name}")
         for name, overrides in job.baselines.items()
     }
+
+
+def row_fetches(job: Job, dataset: Dataset, lookups: Mapping[str, Floats], num_processes: int) -> dict[str, Floats]:
+    """For each row of each table, the share of the job's steps that look it up."""
+    num_steps = dataset.num_requests("train") / job.step_requests(num_processes)
+    return {table: step_fetches(count, num_steps) for table, count in lookups.items()}
+
+
+def expect_hits(plan: SparsePlan, job: Job, dataset: Dataset, lookups: Mapping[str, Floats]) -> SparsePlan:
+    """The plan with the hit rates to expect of its caches, from the batches that training begins with."""
+    num_workers, step_requests = resolve_num_workers(job.elastic, plan.world_size), job.step_requests(plan.world_size)
+    num_steps = min(200, max(4, 20_000 // step_requests))  # some seconds at 10 ms for 64 requests of 540 events
+    return forecast_caches(plan, lookups, replay_lookups(dataset, job.data, job.seed, num_workers, num_steps))
 
 
 def changed_keys(saved: Job, current: Job) -> list[str]:

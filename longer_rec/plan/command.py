@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from longer_rec.config import dump_config, load_config
 from longer_rec.data.history import open_dataset
 from longer_rec.errors import ConfigError
-from longer_rec.job import Job, source_config
+from longer_rec.job import Job, expect_hits, source_config
 from longer_rec.plan import show
 from longer_rec.plan.calibrate import Measure, bytes_compared, calibrate, fit, seconds_compared
 from longer_rec.plan.scenario import KINDS, Constants, Outcome, Scenario, solve
@@ -24,9 +24,11 @@ from longer_rec.report.plan_page import write_plan_page
 from longer_rec.report.terminal import make_console
 from longer_rec.runtime.distributed import World
 from longer_rec.runtime.logging import quiet_libraries
+from longer_rec.sparse.placement import DoesNotFit
 from longer_rec.sparse.planfile import load_plan, plan_hash, save_plan
 from longer_rec.sparse.planner import check_plan
-from longer_rec.sparse.search import PARTITIONERS, PROPOSERS
+from longer_rec.sparse.search import KERNELS, PARTITIONERS, PROPOSERS
+from longer_rec.sparse.tables import NOT_TRAINED
 
 _CALIBRATION_STEPS = 8
 
@@ -77,6 +79,8 @@ def plan_job(job: Job, request: Request) -> bool:
     for scenario, sweep, path in zip(scenarios, sweeps, paths, strict=True):
         outcomes = compare(scenario, proposers, partitioners)
         all_fit &= outcomes[0].fits
+        if outcomes[0].fits and job.sparse.placement is not None:
+            outcomes[0] = _with_hit_rates(outcomes[0])
         section = _found(outcomes) if outcomes[0].fits else _unfit(scenario)
         if sweep.names:
             section["sweep"] = show.sweep_section(sweep, [solve(changed) for _, changed in sweep.points])
@@ -104,6 +108,13 @@ def _constants(path: Path | None) -> Constants:
                           "calibration.yaml") from None
 
 
+def _with_hit_rates(outcome: Outcome) -> Outcome:
+    scenario, found = outcome.scenario, outcome.found
+    assert found.plan is not None
+    plan = expect_hits(found.plan, scenario.job, scenario.dataset, scenario.lookups)
+    return replace(outcome, found=replace(found, plan=plan))
+
+
 def _found(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     best = outcomes[0]
     return {**_head(best.scenario), "ranks": {kind: best.held[kind] for kind in KINDS},
@@ -119,16 +130,23 @@ def _found(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def _unfit(scenario: Scenario) -> dict[str, Any]:
     """What is missing, and what would help."""
-    hardware, least = scenario.hardware, needs(scenario.space())
+    hardware, refused = scenario.hardware, ""
+    try:
+        least = needs(scenario.space())
+    except DoesNotFit as error:
+        refused, least = f"; {error}", needs(scenario.unplaced().space())
     free = hardware.device_bytes - scenario.reserved_bytes
     fixed = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in scenario.fixed_bytes.items())
     section, found = _head(scenario), remedies(scenario)
     section["about"] += (f". No plan fits: of {format_bytes(hardware.device_bytes)} a rank "
                          f"{format_bytes(max(0, free))} are left for tables, after {fixed} and "
                          f"{format_bytes(scenario.headroom_bytes)} kept free")
-    if on_host := sum(need.host for need in least):
-        section["about"] += (f"; tables need {format_bytes(on_host)} of host memory, of which each of "
-                             f"{hardware.world_size} ranks has {format_bytes(hardware.host_bytes_per_rank)}")
+    for tier, what, there in (("host", "host memory", hardware.host_bytes_per_rank),
+                              ("ssd", "SSD", hardware.ssd_bytes_per_rank)):
+        if needed := sum(getattr(need, tier) for need in least):
+            section["about"] += (f"; tables need {format_bytes(needed)} of {what}, of which each of "
+                                 f"{hardware.world_size} ranks has {format_bytes(there)}")
+    section["about"] += refused
     section["grids"] = [("What each table needs at least", show.needs_grid(least, free))]
     if found:
         section["grids"].append(("Any one of these makes it fit (planned again)", show.remedies_grid(found)))
@@ -144,6 +162,8 @@ def _head(scenario: Scenario) -> dict[str, Any]:
         f"{hardware.world_size} {hardware.device} rank{'s' * (hardware.world_size > 1)} of "
         f"{format_bytes(hardware.device_bytes)} on {hosts} host{'s' * (hosts > 1)}"
         + f" of {format_bytes(hardware.host_bytes)}" * (hardware.device == "cuda")
+        + f" and {format_bytes(hardware.ssd_bytes)} of SSD at {hardware.ssd_bw / 1e9:.3g} GB/s a rank"
+        * bool(hardware.ssd_bytes)
         + f", {hardware.intra_bw / 1e9:.3g} GB/s within"
         + f" and {hardware.inter_bw / 1e9:.3g} GB/s between hosts" * (hosts > 1))}
 
@@ -152,9 +172,11 @@ def _save(console: Console, best: Outcome, path: Path) -> None:
     plan, hardware, job = best.found.plan, best.scenario.hardware, best.scenario.job
     assert plan is not None
     world = World(0, hardware.world_size, 0, hardware.local_size, torch.device(hardware.device))
-    check_plan(plan, best.scenario.ranker, job.sparse, world, job.elastic.is_strict)
+    check_plan(plan, best.scenario.ranker, job.sparse, world, job.elastic.is_strict, KERNELS)
     save_plan(plan, path)
-    console.print(f"plan {plan_hash(plan)}: {path}; train with sparse.plan={path}", soft_wrap=True)
+    on_ssd = any(table.kernel == "key_value" for table in plan.tables)
+    console.print(f"plan {plan_hash(plan)}: {path}; " + (NOT_TRAINED if on_ssd else f"train with sparse.plan={path}"),
+                  soft_wrap=True)
 
 
 def _plan_path(topology: str, request: Request) -> Path:
@@ -180,6 +202,10 @@ def calibrate_job(job: Job, ranks: str, out: Path, measure: Measure) -> None:
     if not re.fullmatch(r"\d{1,5}(,\d{1,5})*", ranks, re.ASCII):
         raise ConfigError(f"--calibrate={ranks} is not a list of numbers of ranks; use such as 1,2,4")
     numbers = [int(number) for number in parse_list("--calibrate", ranks)]
+    if job.sparse.placement is not None:
+        raise ConfigError(f"--calibrate measures tables where the plan puts them, sparse.placement="
+                          f"{job.sparse.placement} would choose again; add sparse.placement=null "
+                          "sparse.device_memory=null")
     _make_directory(out)
     _refuse_instances(job)
     compared = calibrate(job, open_dataset(job.data.dir, verify=False), measure, numbers, _CALIBRATION_STEPS)

@@ -10,11 +10,12 @@ import pydantic
 import torch
 
 from longer_rec.config import Config
+from longer_rec.data.frequency import count_lookups
 from longer_rec.data.history import Dataset
 from longer_rec.data.workload import Batch, Workload, sample_workload
 from longer_rec.elastic.assignment import resolve_num_workers
 from longer_rec.errors import ConfigError
-from longer_rec.job import Job, build_ranker, input_widths
+from longer_rec.job import Job, build_ranker, input_widths, row_fetches
 from longer_rec.model.baselines.common import SequenceConfig
 from longer_rec.model.flops import tower_flops
 from longer_rec.model.longer import TowerConfig
@@ -23,6 +24,7 @@ from longer_rec.ranker import Ranker
 from longer_rec.schema import Schema
 from longer_rec.sparse.optimizers import apply_table_optimizer
 from longer_rec.sparse.options import Choice, Hardware
+from longer_rec.sparse.placement import DoesNotFit, Floats, place_equally, tiers_of
 from longer_rec.sparse.planner import named_types
 from longer_rec.sparse.search import TIMES, Found, Space, build_space, check_choices, find_plan
 from longer_rec.sparse.tables import TableConfig, every_table, widths
@@ -59,7 +61,7 @@ class Constants(Config):
 @dataclass(frozen=True)
 class Scenario:
     """A job on a machine. ``row_factor`` scales every table; ``choices`` constrain tables by name; ``batches`` of the
-    data (None: the first) stand for all."""
+    data (None: the first) stand for all; ``counts`` keeps how often rows are looked up, by L."""
 
     job: Job
     dataset: Dataset
@@ -68,11 +70,13 @@ class Scenario:
     row_factor: float = 1.0
     choices: Mapping[str, Choice] = field(default_factory=dict)
     batches: range | None = None
+    counts: dict[int, Mapping[str, Floats]] = field(default_factory=dict, compare=False, repr=False)
 
     def change(self, **changes: Any) -> "Scenario":
         """With another batch, L, number of ranks, memory, tables."""
         data: dict[str, Any] = {name: changes.pop(name) for name in ("batch_requests", "max_events") if name in changes}
-        machine = {name: changes.pop(name) for name in ("world_size", "memory_bytes", "host_bytes") if name in changes}
+        sizes = ("world_size", "memory_bytes", "host_bytes", "ssd_bytes", "ssd_bw")
+        machine = {name: changes.pop(name) for name in sizes if name in changes}
         return replace(self, job=self.job.model_copy(update={"data": self.job.data.model_copy(update=data)}),
                        hardware=replace(self.hardware, **machine), **changes)
 
@@ -88,6 +92,31 @@ class Scenario:
             return self.choices
         return {**{name: Choice((kind,)) for name, kind in named_types(self.ranker, self.job.sparse).items()},
                 **self.choices}
+
+    @property
+    def lookups(self) -> Mapping[str, Floats]:
+        """Lookups of each row of each table in an epoch."""
+        max_events = self.job.data.max_events
+        if max_events not in self.counts:
+            self.counts[max_events] = count_lookups(self.dataset, max_events)
+        return self.counts[max_events]
+
+    @cached_property
+    def placed(self) -> Mapping[str, Choice]:
+        """``allowed``, with the kernels of ``sparse.placement``; ``DoesNotFit`` when nothing holds the tables."""
+        job, hardware = self.job, self.hardware
+        if job.sparse.placement is None:
+            return self.allowed
+        fetches = row_fetches(job, self.dataset, self.lookups, hardware.world_size)
+        places = place_equally(self.tables, fetches, job.sparse, hardware.world_size, tiers_of(hardware, job.sparse))
+        return {name: replace(self.allowed.get(name, Choice()), kernels=(place.kernel,),
+                              cache_load_factor=place.cache_load_factor, coverage=round(place.coverage, 4))
+                for name, place in places.items()}
+
+    def unplaced(self) -> "Scenario":
+        """The same without ``sparse.placement``."""
+        sparse = self.job.sparse.model_copy(update={"placement": None, "device_memory": None})
+        return replace(self, job=self.job.model_copy(update={"sparse": sparse}))
 
     @cached_property
     def schema(self) -> Schema:
@@ -197,9 +226,12 @@ class Scenario:
             raise ConfigError(f"--calibration was measured on {measured_on}, {self.hardware.name} is "
                               f"{self.hardware.device}; leave it out, or calibrate there")
         if sparse.placement is not None:
-            raise ConfigError(f"sparse.placement={sparse.placement} goes by the memory of the machine that trains and "
-                              "is not planned for; add sparse.placement=null sparse.device_memory=null, and give "
-                              "kernels with --constrain, such as item=fused_uvm_caching")
+            if self.row_factor != 1.0:
+                raise ConfigError(f"sparse.placement={sparse.placement} goes by how often the data's rows are looked "
+                                  "up, and says nothing of other rows; add sparse.placement=null")
+            if named := [name for name, choice in self.choices.items() if choice.kernels]:
+                raise ConfigError(f"sparse.placement={sparse.placement} decides the kernel of table {named[0]!r}; give "
+                                  "it none, or add sparse.placement=null sparse.device_memory=null")
         if sparse.plan_path is not None:
             raise ConfigError(f"sparse.plan={sparse.plan!r} would be a finished plan; plan searches for one: add "
                               "sparse.plan=auto, or a sharding type")
@@ -209,7 +241,7 @@ class Scenario:
     def space(self) -> Space:
         """Every way to place the tables."""
         return build_space(self.ranker, self.job.sparse, self.hardware, self.batch_requests_per_rank,
-                           self.ids_per_request, self.reserved_bytes, self.allowed, self.job.elastic.is_strict)
+                           self.ids_per_request, self.reserved_bytes, self.placed, self.job.elastic.is_strict)
 
 
 @dataclass(frozen=True)
@@ -233,6 +265,15 @@ class Outcome:
         return max(map(sum, zip(*self.held.values(), strict=True)))
 
     @property
+    def behind(self) -> dict[str, list[int]]:
+        """Bytes of tables behind the devices, by rank."""
+        held = {"host": [0] * self.scenario.hardware.world_size, "ssd": [0] * self.scenario.hardware.world_size}
+        for shard in self.found.placed:
+            for tier, sizes in held.items():
+                sizes[shard.rank] += getattr(shard.size, tier)
+        return held
+
+    @property
     def total_s(self) -> float:
         return sum(self.step_s.values()) if self.fits else math.nan
 
@@ -250,8 +291,10 @@ class Outcome:
 def solve(scenario: Scenario, proposer: str = "greedy", partitioner: str = "perf", space: Space | None = None
           ) -> Outcome:
     """Search and count."""
-    space = space or scenario.space()
-    found = find_plan(space, proposer, partitioner)
+    try:
+        found = find_plan(space or scenario.space(), proposer, partitioner)
+    except DoesNotFit:
+        found = Found(None, (), 0.0, 0, 0)
     num_ranks = scenario.hardware.world_size
     held = {kind: [scenario.fixed_bytes.get(kind, 0)] * num_ranks for kind in KINDS}
     times = {name: [0.0] * num_ranks for name in TIMES}

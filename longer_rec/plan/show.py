@@ -9,11 +9,13 @@ from rich.markup import escape
 
 from longer_rec.plan.scenario import KINDS, Outcome
 from longer_rec.plan.whatif import Need, Remedy, Sweep
-from longer_rec.report.numbers import MISSING, format_bytes, format_count, format_ranks
+from longer_rec.report.numbers import MISSING, format_bytes, format_count, format_kernel, format_ranks
 from longer_rec.report.terminal import make_table
 from longer_rec.sparse.planfile import SparsePlan, TablePlan
 
 Grid = dict[str, Any]
+# What tables have behind the devices, as it is told.
+_BEHIND = {"host": "on host", "ssd": "on SSD"}
 # Fields of a table that a comparison tells.
 _TOLD = frozenset(("rows", "dim", "pooled", "sharding_type", "kernel", "ranks", "cache_load_factor", "cache_policy"))
 
@@ -55,16 +57,17 @@ def tables_grids(outcome: Outcome) -> list[tuple[str, Grid]]:
     """The plan, and what it costs: largest table first; bytes of all its shards, times of its slowest."""
     assert outcome.found.plan is not None
     plan, cost = [], []
+    behind = [tier for tier, held in outcome.behind.items() if tier == "host" or any(held)]
     for table in sorted(outcome.found.plan.tables, key=lambda one: -one.weight_bytes):
         shards = [shard for shard in outcome.found.placed if shard.table == table.table]
         sizes = [sum(getattr(shard.size, kind) for shard in shards)
-                 for kind in ("weights", "optimizer", "exchange", "host")]
+                 for kind in ("weights", "optimizer", "exchange", *behind)]
         times = [max(shard.seconds[f"forward{what}"] + shard.seconds[f"backward{what}"] for shard in shards)
                  for what in ("", "_exchange")]
-        plan.append([table.table, format_count(table.rows), str(table.dim), table.sharding_type, table.kernel,
-                     format_ranks(table.ranks)])
+        plan.append([table.table, format_count(table.rows), str(table.dim), table.sharding_type,
+                     format_kernel(table.model_dump()), format_ranks(table.ranks)])
         cost.append([table.table, *map(format_bytes, sizes), *map(_ms, times)])
-    numeric = "weights|optimizer|exchange|on host|lookup ms|net ms"
+    numeric = "|".join(["weights", "optimizer", "exchange", *(_BEHIND[tier] for tier in behind), "lookup ms", "net ms"])
     return [("Plan", make_grid("table|rows|dim|sharding|kernel|ranks", "rows|dim", plan)),
             ("What its tables cost", make_grid(f"table|{numeric}", numeric, cost))]
 
@@ -82,14 +85,23 @@ def bytes_grid(outcome: Outcome) -> Grid:
     rows.append(["in all", format_bytes(sum(map(sum, by_rank)) / len(by_rank)), format_bytes(sum(fullest))])
     rows.append(["there is", "", format_bytes(outcome.scenario.hardware.device_bytes)])
     rows.append(["kept free", "", format_bytes(outcome.scenario.headroom_bytes)])
-    return make_grid("kind|mean rank|fullest rank", "mean rank|fullest rank", rows, own=len(rows) - 3)
+    own = len(rows) - 3
+    for tier, sizes in outcome.behind.items():
+        if any(sizes):
+            there = getattr(outcome.scenario.hardware, f"{tier}_bytes_per_rank")
+            rows += [[_BEHIND[tier], format_bytes(sum(sizes) / len(sizes)), format_bytes(max(sizes))],
+                     ["there is", "", format_bytes(there)]]
+    return make_grid("kind|mean rank|fullest rank", "mean rank|fullest rank", rows, own=own)
 
 
 def needs_grid(needs: Sequence[Need], free: int) -> Grid:
     """What each table needs at least, and what there is for it."""
-    rows = [[need.table, format_bytes(need.total), format_bytes(need.largest_shard), format_bytes(need.host),
+    behind = [tier for tier in _BEHIND if tier == "host" or any(getattr(need, tier) for need in needs)]
+    rows = [[need.table, format_bytes(need.total), format_bytes(need.largest_shard),
+             *(format_bytes(getattr(need, tier)) for tier in behind),
              "too large for a rank" if need.largest_shard > free > 0 else ""] for need in needs]
-    return make_grid("table|needs|largest shard|on host|", "needs|largest shard|on host", rows)
+    numeric = "|".join(["needs", "largest shard", *(_BEHIND[tier] for tier in behind)])
+    return make_grid(f"table|{numeric}|", numeric, rows)
 
 
 def remedies_grid(remedies: Sequence[Remedy]) -> Grid:

@@ -9,11 +9,13 @@ import torch
 from longer_rec.errors import ConfigError
 from longer_rec.model.longer import TowerConfig
 from longer_rec.plan.scenario import Outcome, Scenario, solve
-from longer_rec.plan.topology import MAX_RANKS, check_ranks, parse_bytes
+from longer_rec.plan.topology import MAX_RANKS, SSD_BW, check_ranks, parse_bytes
 from longer_rec.report.numbers import format_bytes
 from longer_rec.sparse.options import Choice, allowed_types, splittable
+from longer_rec.sparse.placement import DoesNotFit
+from longer_rec.sparse.planfile import FLOAT_BYTES
 from longer_rec.sparse.search import Space
-from longer_rec.sparse.tables import DIM_MULTIPLE
+from longer_rec.sparse.tables import DIM_MULTIPLE, TableConfig
 
 # Axes that are numbers: what they change, of which type, and the most that is planned for.
 _NUMBERS: Mapping[str, tuple[str, type[int] | type[float], int]] = {
@@ -21,6 +23,7 @@ _NUMBERS: Mapping[str, tuple[str, type[int] | type[float], int]] = {
     "L": ("max_events", int, 1 << 20), "rows": ("row_factor", float, 1 << 20)}
 AXES = (*_NUMBERS, "hbm", "kernels", "constraints")
 # GPUs that are sold, in GiB.
+_TIB_BITS = 40
 _GPU_GIB = (16, 24, 32, 40, 48, 64, 80, 96, 141, 180, 192, 288)
 
 
@@ -41,7 +44,10 @@ def compare(scenario: Scenario, proposers: Sequence[str], partitioners: Sequence
     The best is the one that fits with the shortest step, to a part in a thousand, then with the least on its fullest
     rank.
     """
-    space = scenario.space()
+    try:
+        space = scenario.space()
+    except DoesNotFit:
+        space = None
     outcomes = [solve(scenario, proposer, partitioner, space) for proposer in proposers for partitioner in partitioners]
     return sorted(outcomes, key=lambda one: (not one.fits, float(f"{one.total_s:.3g}") if one.fits else 0, one.fullest))
 
@@ -110,6 +116,7 @@ class Need:
     total: int
     largest_shard: int
     host: int
+    ssd: int
 
 
 def needs(space: Space) -> list[Need]:
@@ -118,7 +125,7 @@ def needs(space: Space) -> list[Need]:
     for option in space.options:
         sizes = space.sizes[id(option)]
         need = Need(option.name, sum(size.device for size in sizes), max(size.device for size in sizes),
-                    sum(size.host for size in sizes))
+                    sum(size.host for size in sizes), sum(size.ssd for size in sizes))
         old = least.get(option.name, need)
         least[option.name] = min(old, need, key=lambda one: (one.largest_shard, one.total))
     return sorted(least.values(), key=lambda need: -need.total)
@@ -185,15 +192,44 @@ def _ladders(scenario: Scenario) -> Iterator[list[tuple[str, Scenario]]]:
         yield [(f"table {tables[0].name!r} column_wise in shards of {width} columns", scenario.with_choice(
             tables[:1], sharding_types=("column_wise",), kernels=(), min_columns=width)) for width in columns]
     if on_gpu:
-        names = [", ".join(table.name for table in tables[:count]) for count in (1, 2, 3)]
-        names += [f"the {count} largest tables" for count in range(4, len(tables) + 1)]
+        yield [(f"{format_bytes(size)} on each host instead of {format_bytes(hardware.host_bytes)}",
+                scenario.change(host_bytes=size)) for size in _grown(hardware.host_bytes)]
+        yield from _ssd_ladders(scenario)
+    if on_gpu and scenario.job.sparse.placement is None:
+        names = _names(tables)
         places = {"fused": "on the device", "fused_uvm_caching": "in host memory behind a device cache",
                   "fused_uvm": "in host memory"}
         for kernel, where in places.items():
             yield [(f"{name} {where} ({kernel})", scenario.with_choice(tables[:count], kernels=(kernel,)))
-                   for count, name in enumerate(names[:len(tables)], start=1) if kernel != scenario.job.sparse.kernel]
-        yield [(f"{format_bytes(size)} on each host instead of {format_bytes(hardware.host_bytes)}",
-                scenario.change(host_bytes=size)) for size in _grown(hardware.host_bytes)]
+                   for count, name in enumerate(names, start=1) if kernel != scenario.job.sparse.kernel]
+        if scenario.job.sparse.optimizer == "rowwise_adagrad" and scenario.job.sparse.kernel != "key_value":
+            yield [_to_ssd(scenario, tables[:count], name) for count, name in enumerate(names, start=1)]
+
+
+def _names(tables: Sequence[TableConfig]) -> list[str]:
+    """What the first table, the first two, and so on are called."""
+    names = [", ".join(table.name for table in tables[:count]) for count in (1, 2, 3)]
+    return [*names, *(f"the {count} largest tables" for count in range(4, len(tables) + 1))][:len(tables)]
+
+
+def _to_ssd(scenario: Scenario, tables: Sequence[TableConfig], name: str) -> tuple[str, Scenario]:
+    """These tables on SSD; where there is none, with as many whole TB in each host as hold them all."""
+    changed, more = scenario.with_choice(tables, kernels=("key_value",)), ""
+    if not scenario.hardware.ssd_bytes:
+        size = -(-sum(table.num_embeddings * table.embedding_dim * FLOAT_BYTES for table in tables) >> _TIB_BITS)
+        changed, more = changed.change(ssd_bytes=-size << _TIB_BITS, ssd_bw=SSD_BW), f"ssd={-size}TB, and "
+    return f"{more}{name} on SSD (key_value, not trained by this package)", changed
+
+
+def _ssd_ladders(scenario: Scenario) -> Iterator[list[tuple[str, Scenario]]]:
+    """More SSD for those that ask for it."""
+    have, sparse = scenario.hardware.ssd_bytes, scenario.job.sparse
+    if have:
+        yield [(f"{format_bytes(size)} of SSD on each host instead of {format_bytes(have)}",
+                scenario.change(ssd_bytes=size)) for size in _grown(have)]
+    elif sparse.placement is not None and sparse.optimizer == "rowwise_adagrad":
+        yield [(f"ssd={1 << power}TB on each host (tables on SSD are not trained by this package)",
+                scenario.change(ssd_bytes=1 << power + _TIB_BITS, ssd_bw=SSD_BW)) for power in range(11)]
 
 
 def _grown(size: int) -> list[int]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from longer_rec.sparse.placement import Floats
 from longer_rec.sparse.planfile import SparsePlan, TablePlan
-from longer_rec.sparse.tables import CachePolicy
+from longer_rec.sparse.tables import CACHED_KERNELS, CachePolicy
 
 I64 = npt.NDArray[np.int64]
 # Distinct rows of each table in one step, and how often the step looks each of them up.
@@ -94,7 +94,7 @@ def forecast_caches(plan: SparsePlan, lookups: Mapping[str, Floats], steps: Iter
     that are among the table's hottest, as many as its cache has slots, which is what a policy comes to that knows
     frequencies and nothing else. Tables of one collection that lie alike share one cache, in FBGEMM as here.
     """
-    cached = [table for table in plan.tables if table.kernel == "fused_uvm_caching"]
+    cached = [table for table in plan.tables if table.kernel in CACHED_KERNELS]
     if not cached:
         return plan
     steps = list(steps)
@@ -102,7 +102,7 @@ def forecast_caches(plan: SparsePlan, lookups: Mapping[str, Floats], steps: Iter
     groups: dict[tuple[str, ...], list[TablePlan]] = {}
     for table in cached:
         ranks = "" if table.sharding_type == "row_wise" else str(table.ranks)
-        groups.setdefault((table.module, table.sharding_type, ranks), []).append(table)
+        groups.setdefault((table.module, table.kernel, table.sharding_type, ranks), []).append(table)
     for tables in groups.values():
         rates |= _group_rates(tables, lookups, steps)
     return plan.model_copy(update={"tables": tuple(

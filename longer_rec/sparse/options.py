@@ -22,7 +22,8 @@ SHARDING_TYPES: tuple[str, ...] = get_args(ShardingName)
 class Hardware:
     """A cluster. ``ranks_per_host`` at most; ``memory_bytes`` of one device (0: a rank has its part of the host's),
     ``host_bytes`` of one host; rates are bytes a second of one device in one direction, ``flops`` operations a second
-    by precision, ``cores`` what the ranks of a host share (0: each rank has its own processor)."""
+    by precision, ``cores`` what the ranks of a host share (0: each rank has its own processor). ``ssd_bytes`` of one
+    host for tables, ``ssd_bw`` of 4 KiB blocks read at random."""
 
     name: str
     world_size: int
@@ -36,6 +37,8 @@ class Hardware:
     host_bw: float
     flops: Mapping[str, float]
     cores: int = 0
+    ssd_bytes: int = 0
+    ssd_bw: float = 0.0
 
     @property
     def local_size(self) -> int:
@@ -44,6 +47,10 @@ class Hardware:
     @property
     def host_bytes_per_rank(self) -> int:
         return self.host_bytes // self.local_size
+
+    @property
+    def ssd_bytes_per_rank(self) -> int:
+        return self.ssd_bytes // self.local_size
 
     @property
     def device_bytes(self) -> int:
@@ -57,12 +64,16 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a table may be; empty means whatever is allowed, and the configured kernel."""
+    """What a table may be; empty means whatever is allowed, and the configured kernel.
+
+    ``coverage``: the share of its fetches that a cache of ``cache_load_factor`` serves, where it is known.
+    """
 
     sharding_types: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     min_columns: int | None = None
     cache_load_factor: float | None = None
+    coverage: float | None = None
 
 
 class BagSharder(EmbeddingBagCollectionSharder):

@@ -1,22 +1,20 @@
 """Which memory each table lives in: by how often its rows are looked up, and by what the machine has.
 
-Device memory, host memory behind a device cache, host memory alone: FBGEMM's kernels ``fused``, ``fused_uvm_caching``
-and ``fused_uvm``. All of it is arithmetic on counts; no GPU is needed to plan.
+Device memory, host memory behind a device cache, host memory alone, SSD behind a device cache: FBGEMM's kernels
+``fused``, ``fused_uvm_caching``, ``fused_uvm`` and ``key_value``. All of it is arithmetic on counts; no GPU is
+needed to plan.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from longer_rec.errors import ConfigError
-from longer_rec.runtime.distributed import World
-from longer_rec.runtime.machine import memory_bytes
-from longer_rec.sparse.options import state_bytes
+from longer_rec.sparse.options import Hardware, state_bytes
 from longer_rec.sparse.planfile import FLOAT_BYTES, TablePlan
 from longer_rec.sparse.tables import SparseConfig, TableConfig
 
@@ -29,8 +27,23 @@ MIN_COVERAGE = 0.1
 _SLOT_BYTES = 16
 _ROW_BYTES = 12
 _MAX_BLOCKS = 512
+# The smallest cache that FBGEMM makes, one set of its ways; a table on SSD cannot do without.
+_FEWEST_SLOTS = 32
 
 Floats = npt.NDArray[np.float64]
+
+
+class DoesNotFit(ConfigError):
+    """The memory that there is cannot hold the tables, whatever kernel each has."""
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """What tables may take of each rank's device and host memory and of its SSD, in bytes."""
+
+    device: int
+    host: int
+    ssd: int = 0
 
 
 def cache_bytes(rows: int, row_bytes: int, cached_rows: int) -> int:
@@ -69,7 +82,7 @@ class TableDemand:
         return state + cache_bytes(len(self.fetches), self.weight_bytes, rows)
 
     def host_bytes(self, rows: int) -> int:
-        """What is in host memory with ``rows`` on the device: nothing, or every row's weights."""
+        """What is in host memory, or on SSD, with ``rows`` on the device: nothing, or every row's weights."""
         if rows == len(self.fetches):
             return 0
         return self.whole_bytes - (len(self.fetches) * self.state_bytes if self.state_on_device else 0)
@@ -111,8 +124,8 @@ def step_fetches(lookups: Floats, num_steps: float) -> Floats:
     return -np.expm1(-lookups / num_steps)
 
 
-def place_tables(demands: Mapping[str, TableDemand], device_bytes: int, host_bytes: int) -> dict[str, Placement]:
-    """The memory of every table, given what each rank may take of device and host memory. A pure function:
+def place_tables(demands: Mapping[str, TableDemand], tiers: Tiers) -> dict[str, Placement]:
+    """The memory of every table, given what each rank may take of each tier. A pure function:
 
     1. State that FBGEMM keeps on the device anyway is set aside.
     2. Rows of all tables compete for device memory, in order of fetches per byte, hottest first. A row gets a place if
@@ -120,36 +133,73 @@ def place_tables(demands: Mapping[str, TableDemand], device_bytes: int, host_byt
        threshold, as far as their ranks have equally much room.
     3. A table of which 80 % of the rows got a place, or whose cache would be no smaller than itself, is held whole, if
        it fits: ``fused``.
-    4. Any other table whose places cover 10 % of its fetches or more is ``fused_uvm_caching``, with as large a cache as
-       it has places; the rest, which give theirs back, are ``fused_uvm``.
+    4. The others compete for host memory by how often their places miss, per byte; what finds no room there is
+       ``key_value``, on SSD, where there is some, with its places for a cache (one set of 32 slots at least).
+    5. Of those in host memory, one whose places cover 10 % of its fetches or more is ``fused_uvm_caching``, with as
+       large a cache as it has places; the rest, which give theirs back, are ``fused_uvm``.
 
-    ``ConfigError`` when state alone does not fit (rule 1), or when host memory cannot hold what is not wholly on the
-    device.
+    ``DoesNotFit`` when state alone does not fit (rule 1), or when host memory and SSD cannot hold what is not wholly on
+    the device.
     """
-    budget = _Budget(np.full(len(next(iter(demands.values())).shares), float(device_bytes)))
+    budget = _Budget(np.full(len(next(iter(demands.values())).shares), float(tiers.device)))
     for name, demand in demands.items():
         if not budget.take(name, demand.device_bytes(0), demand.shares):
-            raise ConfigError(f"sparse.device_memory={device_bytes} cannot hold the optimizer state of table {name!r} "
-                              f"({demand.device_bytes(0)} bytes over its ranks), which stays on the device with any "
-                              "kernel; use more ranks, sparse.optimizer=sgd, or more memory")
+            raise DoesNotFit(f"sparse.device_memory={tiers.device} cannot hold the optimizer state of table {name!r} "
+                             f"({demand.device_bytes(0)} bytes over its ranks), which stays on the device with any "
+                             "kernel; use more ranks, sparse.optimizer=sgd, or more memory")
     rows = _rows_on_device(demands, budget)
+    on_ssd = _tables_on_ssd(demands, rows, tiers)
     for name in sorted(demands, key=lambda name: _density(demands[name])):
-        if rows[name] < len(demands[name].fetches) and _coverage(demands[name], rows[name]) < MIN_COVERAGE:
+        demand, num_rows = demands[name], len(demands[name].fetches)
+        if name not in on_ssd and rows[name] < num_rows and _coverage(demand, rows[name]) < MIN_COVERAGE:
             rows[name] = 0
-            budget.take(name, demands[name].device_bytes(0), demands[name].shares)
-    on_host = sum(np.asarray(demand.shares) * demand.host_bytes(rows[name]) for name, demand in demands.items())
-    if np.max(on_host) > host_bytes:
-        raise ConfigError(f"tables that {device_bytes} bytes of device memory cannot hold need {np.max(on_host):.0f} "
-                          f"bytes of host memory on a rank, there are {host_bytes}; use more ranks, more memory or "
-                          "smaller sparse.dims: tables on SSD cannot be trained here")
-    return {name: _placement(demand, rows[name]) for name, demand in demands.items()}
+            budget.take(name, demand.device_bytes(0), demand.shares)
+    for name in on_ssd:
+        rows[name] = max(rows[name], min(_FEWEST_SLOTS, len(demands[name].fetches)))
+        if not budget.take(name, demands[name].device_bytes(rows[name]), demands[name].shares):
+            raise DoesNotFit(f"sparse.device_memory={tiers.device} cannot hold what FBGEMM keeps there of table "
+                             f"{name!r} on SSD ({demands[name].device_bytes(rows[name])} bytes over its ranks); use "
+                             "more ranks or more memory")
+    return {name: _placement(demand, rows[name], name in on_ssd) for name, demand in demands.items()}
 
 
-def _placement(demand: TableDemand, rows: int) -> Placement:
+def _tables_on_ssd(demands: Mapping[str, TableDemand], rows: Mapping[str, int], tiers: Tiers) -> list[str]:
+    """Rule 4: of the tables that are not wholly on the device, those that host memory has no room for."""
+    num_ranks, on_ssd = len(next(iter(demands.values())).shares), []
+    host, ssd = (_Budget(np.full(num_ranks, float(size))) for size in (tiers.host, tiers.ssd))
+    for name in sorted(demands, key=lambda name: -_missed(demands[name], rows[name])):
+        demand = demands[name]
+        size = demand.host_bytes(rows[name])
+        if host.take(name, size, demand.shares):
+            continue
+        # FBGEMM's tables on SSD know row-wise Adagrad alone of the rules there are here.
+        if not demand.state_on_device or not ssd.take(name, size, demand.shares):
+            on_host = sum(np.asarray(one.shares) * one.host_bytes(rows[each]) for each, one in demands.items())
+            needed, more = f"{np.max(on_host):.0f} bytes of host memory", ""
+            if tiers.ssd:
+                needed, more = f"{needed} or SSD", f" and {tiers.ssd}"
+            remedy = "use more ranks, more memory or smaller sparse.dims"
+            if tiers.ssd and not demand.state_on_device:
+                remedy += ", or sparse.optimizer=rowwise_adagrad, without which nothing lies on SSD"
+            raise DoesNotFit(f"tables that {tiers.device} bytes of device memory cannot hold need {needed} on a rank, "
+                             f"there are {tiers.host}{more}; {remedy}")
+        on_ssd.append(name)
+    return on_ssd
+
+
+def _missed(demand: TableDemand, rows: int) -> float:
+    """Fetches that ``rows`` on the device do not serve, per byte of the table."""
+    return float((demand.served[-1] - demand.served[rows]) / demand.whole_bytes)
+
+
+def _placement(demand: TableDemand, rows: int, on_ssd: bool) -> Placement:
+    if on_ssd:
+        factor = max(1e-6, math.floor(rows / len(demand.fetches) * 1e6) / 1e6)
+        return Placement("key_value", factor, _coverage(demand, rows))
     if rows == len(demand.fetches):
         return Placement("fused", None, 1.0)
-    factor = math.floor(rows / len(demand.fetches) * 1e6) / 1e6 or None
-    return Placement("fused_uvm_caching" if rows else "fused_uvm", factor, _coverage(demand, rows))
+    factor = math.floor(rows / len(demand.fetches) * 1e6) / 1e6
+    return Placement("fused_uvm_caching" if rows else "fused_uvm", factor or None, _coverage(demand, rows))
 
 
 def _rows_on_device(demands: Mapping[str, TableDemand], budget: _Budget) -> dict[str, int]:
@@ -197,20 +247,20 @@ def _coverage(demand: TableDemand, rows: int) -> float:
 
 
 def place_equally(tables: Iterable[TableConfig], fetches: Mapping[str, Floats], config: SparseConfig,
-                  world: World) -> dict[str, Placement]:
+                  world_size: int, tiers: Tiers) -> dict[str, Placement]:
     """Placement before it is known which rank holds what: every rank an equal part of every table."""
-    shares = [1 / world.size] * world.size
-    demands = {table.name: _demand(table.embedding_dim, fetches[table.name], shares, config) for table in tables}
-    return _place(demands, config, world, replicated_bytes=0)
+    shares = [1 / world_size] * world_size
+    return place_tables({table.name: _demand(table.embedding_dim, fetches[table.name], shares, config)
+                         for table in tables}, tiers)
 
 
 def apply_placement(tables: Sequence[TablePlan], fetches: Mapping[str, Floats], config: SparseConfig,
-                    world: World) -> list[TablePlan]:
+                    world_size: int, tiers: Tiers) -> list[TablePlan]:
     """Tables that have their ranks, with the kernels that ``place_tables`` gives them; replicated ones keep theirs."""
-    demands = {table.table: _demand(table.dim, fetches[table.table], _shares(table, world.size), config)
+    demands = {table.table: _demand(table.dim, fetches[table.table], _shares(table, world_size), config)
                for table in tables if table.shards}
     replicated = sum(table.weight_bytes + table.optimizer_bytes for table in tables if not table.shards)
-    places = _place(demands, config, world, replicated) if demands else {}
+    places = place_tables(demands, replace(tiers, device=tiers.device - replicated)) if demands else {}
     return [table.model_copy(update={
         "kernel": place.kernel, "cache_load_factor": place.cache_load_factor, "cache_policy": config.cache_policy,
         "coverage": round(place.coverage, 4)}) if (place := places.get(table.table)) else table for table in tables]
@@ -228,15 +278,7 @@ def _shares(table: TablePlan, world_size: int) -> list[float]:
     return shares
 
 
-def _place(demands: Mapping[str, TableDemand], config: SparseConfig, world: World,
-           replicated_bytes: int) -> dict[str, Placement]:
-    host_bytes = memory_bytes() // world.local_size
-    device_bytes = config.device_memory or _device_bytes(world, host_bytes)
-    return place_tables(demands, device_bytes - replicated_bytes, host_bytes)
-
-
-def _device_bytes(world: World, host_bytes: int) -> int:
-    """Half of a GPU, the rest being the tower's; a CPU has no other memory than its host's."""
-    if world.device.type == "cpu":
-        return host_bytes
-    return int(torch.cuda.mem_get_info(world.device)[1]) // 2
+def tiers_of(hardware: Hardware, config: SparseConfig) -> Tiers:
+    """``sparse.device_memory``, or half of a GPU, the rest being the tower's; all of a CPU's part of its host."""
+    half = hardware.device_bytes // (2 if hardware.device == "cuda" else 1)
+    return Tiers(config.device_memory or half, hardware.host_bytes_per_rank, hardware.ssd_bytes_per_rank)

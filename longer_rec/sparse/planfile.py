@@ -34,7 +34,7 @@ class TablePlan(Config):
 
     ``exact`` says whether training gives bitwise the same table for every number of ranks, given the same logical
     workers: pooled row-wise lookups and replicas sum in an order that depends on it.
-    The last four belong to ``fused_uvm_caching``; see ``placement.py`` and ``cache.py``.
+    The last four belong to ``fused_uvm_caching`` and ``key_value``; see ``placement.py`` and ``cache.py``.
     """
 
     module: str

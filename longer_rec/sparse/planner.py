@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +13,14 @@ from longer_rec.errors import ConfigError
 from longer_rec.runtime.distributed import World
 from longer_rec.runtime.machine import memory_bytes
 from longer_rec.sparse.options import SHARDING_TYPES, Choice, Hardware, allowed_types, table_plan
-from longer_rec.sparse.placement import Floats, apply_placement, place_equally
+from longer_rec.sparse.placement import Floats, apply_placement, place_equally, tiers_of
 from longer_rec.sparse.planfile import Shard, SparsePlan, TablePlan, load_plan
 from longer_rec.sparse.search import build_space, find_plan
 from longer_rec.sparse.tables import (
     DIM_MULTIPLE,
+    NOT_TRAINED,
+    TRAINED_KERNELS,
     Collection,
-    KernelName,
     SparseConfig,
     check_names,
     every_table,
@@ -41,6 +42,8 @@ def build_plan(module: nn.Module, config: SparseConfig, world: World, batch_requ
     if config.placement == "auto" and fetches is None:
         raise ConfigError("sparse.placement=auto goes by how often each row is looked up, which only prepared data "
                           "tells; give data.dir, or set sparse.kernel instead")
+    if config.kernel not in TRAINED_KERNELS:
+        raise ConfigError(f"sparse.kernel={config.kernel}: {NOT_TRAINED}; use {' or '.join(TRAINED_KERNELS)}")
     tables: Sequence[TablePlan]
     if isinstance(config.plan, str) and config.plan == "auto":
         tables = _automatic(module, config, world, strict, batch_requests, ids_per_request or {}, fetches)
@@ -54,15 +57,16 @@ def build_plan(module: nn.Module, config: SparseConfig, world: World, batch_requ
     else:
         tables = _explicit(module, config, world.size)
     if fetches is not None:
-        tables = apply_placement(tables, fetches, config, world)
+        tables = apply_placement(tables, fetches, config, world.size, tiers_of(_hardware(world), config))
     plan = SparsePlan(world_size=world.size, ranks_per_host=world.local_size, device=world.device.type,
                       tables=tuple(tables))
     check_plan(plan, module, config, world, strict)
     return plan
 
 
-def check_plan(plan: SparsePlan, module: nn.Module, config: SparseConfig, world: World, strict: bool) -> None:
-    """``ConfigError`` unless the plan is for this machine and holds exactly the tables of ``module``."""
+def check_plan(plan: SparsePlan, module: nn.Module, config: SparseConfig, world: World, strict: bool,
+               kernels: Sequence[str] = TRAINED_KERNELS) -> None:
+    """``ConfigError`` unless the plan is for this machine and has exactly the tables of ``module``, in ``kernels``."""
     if (plan.world_size, plan.device) != (world.size, world.device.type):
         raise ConfigError(f"the plan is for {plan.world_size} ranks on {plan.device}, this run has {world.size} on "
                           f"{world.device.type}; set sparse.plan=auto or plan for this machine")
@@ -80,10 +84,11 @@ def check_plan(plan: SparsePlan, module: nn.Module, config: SparseConfig, world:
         reason = allowed_types(table.pooled, config, world.device, strict)[table.sharding_type]
         if reason:
             raise ConfigError(f"table {table.table!r} cannot be {table.sharding_type}: {reason}")
-        kernels = ("dense",) if table.sharding_type == "data_parallel" else get_args(KernelName)
-        if table.kernel not in kernels:
-            raise ConfigError(f"the plan gives {table.sharding_type} table {table.table!r} kernel {table.kernel!r}; "
-                              f"use {' or '.join(kernels)} (key_value, on SSD, cannot be trained here)")
+        of_type = ("dense",) if table.sharding_type == "data_parallel" else kernels
+        if table.kernel not in of_type:
+            why = f" ({NOT_TRAINED})" * (table.kernel == "key_value")
+            raise ConfigError(f"the plan gives {table.sharding_type} table {table.table!r} kernel {table.kernel!r}{why}"
+                              f"; use {' or '.join(of_type)}")
         if max(table.ranks) >= world.size:
             raise ConfigError(f"the plan puts table {table.table!r} on rank {max(table.ranks)}; "
                               f"the run has ranks 0 to {world.size - 1}")
@@ -153,12 +158,12 @@ def _shards(sharding_type: str, table: str, rows: int, dim: int, load: list[int]
 def _automatic(module: nn.Module, config: SparseConfig, world: World, strict: bool, batch_requests: int,
                ids_per_request: Mapping[str, float], fetches: Mapping[str, Floats] | None) -> Sequence[TablePlan]:
     """The search of ``longer-rec plan``, on the bandwidths that TorchRec assumes."""
-    choices = {}
+    choices, hardware = {}, _hardware(world)
     if fetches is not None and world.device.type == "cuda":  # on a CPU every kernel is plain memory
         tables = [table for _, _, table in every_table(module)]
         choices = {name: Choice(kernels=(place.kernel,), cache_load_factor=place.cache_load_factor)
-                   for name, place in place_equally(tables, fetches, config, world).items()}
-    hardware = _hardware(world)
+                   for name, place in place_equally(tables, fetches, config, world.size,
+                                                    tiers_of(hardware, config)).items()}
     space = build_space(module, config, hardware, batch_requests, ids_per_request,
                         int(_RESERVED * hardware.device_bytes), choices, strict)
     plan = find_plan(space).plan

@@ -6,6 +6,7 @@ apart without hashing their shards, and equal shards are estimated once. It give
 (``benchmarks/bench_planner.py`` compares).
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner, MemoryBalancedPartitioner
 from torchrec.distributed.planner.proposers import GreedyProposer, UniformProposer
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
-from torchrec.distributed.planner.types import PlannerError, ShardEstimator, ShardingOption, Storage
+from torchrec.distributed.planner.types import Perf, PlannerError, ShardEstimator, ShardingOption, Storage
 from torchrec.distributed.planner.utils import reset_shard_rank
 
 from longer_rec.errors import ConfigError
@@ -35,13 +36,15 @@ from longer_rec.sparse.options import (
 )
 from longer_rec.sparse.placement import Floats, cache_bytes
 from longer_rec.sparse.planfile import FLOAT_BYTES, Shard, SparsePlan, cache_params
-from longer_rec.sparse.tables import KernelName, SparseConfig, TableConfig, check_names, every_table
+from longer_rec.sparse.tables import CACHED_KERNELS, KernelName, SparseConfig, TableConfig, check_names, every_table
 
 PROPOSERS: Mapping[str, Callable[[], Any]] = {"greedy": GreedyProposer, "uniform": UniformProposer}
 PARTITIONERS: Mapping[str, Callable[[], Any]] = {"perf": GreedyPerfPartitioner, "memory": MemoryBalancedPartitioner}
 KERNELS: tuple[str, ...] = get_args(KernelName)
 # FBGEMM's default share of a table's rows in the device cache.
 CACHED_SHARE = 0.2
+# SSDs read blocks of this size.
+_PAGE_BYTES = 4096
 # What the seconds of a shard go to, as TorchRec names it.
 TIMES: Mapping[str, str] = {"forward": "fwd_compute", "forward_exchange": "fwd_comms", "backward": "bwd_compute",
                             "backward_exchange": "bwd_comms"}
@@ -51,12 +54,13 @@ _MS = 1e-3
 
 @dataclass(frozen=True)
 class ShardBytes:
-    """One shard: on its device, behind it in host memory, and by kind."""
+    """One shard: on its device, behind it in host memory or on SSD, and by kind."""
 
     weights: int
     optimizer: int
     exchange: int
     host: int
+    ssd: int = 0
 
     @property
     def device(self) -> int:
@@ -87,7 +91,7 @@ class Found:
 @dataclass(frozen=True)
 class Space:
     """Every way to shard every table, estimated for one machine and one batch; ``sizes`` of shards by id of option,
-    ``kernels`` that each table may have."""
+    ``choices``: what each table may be."""
 
     module: nn.Module
     config: SparseConfig
@@ -95,7 +99,7 @@ class Space:
     topology: Topology
     options: list[ShardingOption]
     sizes: Mapping[int, list[ShardBytes]]
-    kernels: Mapping[str, Sequence[str]]
+    choices: Mapping[str, Choice]
 
 
 def build_space(module: nn.Module, config: SparseConfig, hardware: Hardware, batch_requests: int,
@@ -119,10 +123,10 @@ def build_space(module: nn.Module, config: SparseConfig, hardware: Hardware, bat
     topology = Topology(
         world_size=hardware.world_size, local_world_size=hardware.local_size,
         compute_device=hardware.device, hbm_cap=free if on_gpu else 0,
-        ddr_cap=max(1, hardware.host_bytes_per_rank) if on_gpu else free,
+        ddr_cap=max(1, hardware.host_bytes_per_rank) if on_gpu else free, ssd_cap=max(1, hardware.ssd_bytes_per_rank),
         hbm_mem_bw=hardware.device_bw * _MS, ddr_mem_bw=hardware.host_bw * _MS if on_gpu else hardware.device_bw * _MS,
-        hbm_to_ddr_mem_bw=hardware.host_bw * _MS, intra_host_bw=hardware.intra_bw * _MS,
-        inter_host_bw=hardware.inter_bw * _MS)
+        hbm_to_ddr_mem_bw=hardware.host_bw * _MS, ssd_mem_bw=(hardware.ssd_bw or 1.0) * _MS,
+        intra_host_bw=hardware.intra_bw * _MS, inter_host_bw=hardware.inter_bw * _MS)
     enumerator = EmbeddingEnumerator(topology, batch_requests, constraints,
                                      OncePerSize(EmbeddingPerfEstimator(topology, constraints)))
     options = enumerator.enumerate(module, build_sharders(config))
@@ -133,9 +137,20 @@ def build_space(module: nn.Module, config: SparseConfig, hardware: Hardware, bat
                  for shard in option.shards]
         every[id(option)] = sizes
         for shard, size in zip(option.shards, sizes, strict=True):
-            shard.storage = Storage(size.device, size.host) if on_gpu else Storage(0, size.device + size.host)
-    return Space(module, config, hardware, topology, options, every,
-                 {name: choice.kernels for name, choice in choices.items()})
+            shard.storage = Storage(size.device, size.host, size.ssd) if on_gpu else Storage(0, size.device + size.host)
+            if option.compute_kernel == "key_value":
+                shard.perf = _ssd_seconds(shard.perf, shard.size[1] * FLOAT_BYTES, choices[option.name], hardware)
+    return Space(module, config, hardware, topology, options, every, choices)
+
+
+def _ssd_seconds(perf: Perf, row_bytes: int, choice: Choice, hardware: Hardware) -> Perf:
+    """TorchRec's estimate, which reads all rows from SSD, with a cache: a miss reads the whole blocks that a row is in,
+    and writes a row, evicted for it, behind others. ``coverage``, or the cached share of the rows, are hits."""
+    hit = choice.coverage if choice.coverage is not None else choice.cache_load_factor or CACHED_SHARE
+    slower = hardware.ssd_bw / hardware.device_bw
+    blocks = math.ceil(row_bytes / _PAGE_BYTES) * _PAGE_BYTES / row_bytes
+    return replace(perf, fwd_compute=perf.fwd_compute * (hit * slower + (1 - hit) * blocks),
+                   bwd_compute=perf.bwd_compute * (slower + (1 - hit)))
 
 
 class OncePerSize(ShardEstimator):
@@ -171,11 +186,12 @@ def shard_bytes(option: ShardingOption, size: Sequence[int], config: SparseConfi
     exchange = int(looked_up * _ID_BYTES + 2 * embeddings * columns * FLOAT_BYTES)
     if kernel == "fused" or hardware.device == "cpu":
         return ShardBytes(weights, state, exchange, 0)
-    cached = option.cache_load_factor or CACHED_SHARE if kernel == "fused_uvm_caching" else 0.0
+    cached = option.cache_load_factor or CACHED_SHARE if kernel in CACHED_KERNELS else 0.0
     device = cache_bytes(rows, columns * FLOAT_BYTES, int(cached * rows))
     # FBGEMM keeps the state of row-wise Adagrad on the device, whatever the kernel.
     on_device = state if config.optimizer == "rowwise_adagrad" else 0
-    return ShardBytes(device, on_device, exchange, weights + state - on_device)
+    behind = weights + state - on_device
+    return ShardBytes(device, on_device, exchange, *((0, behind) if kernel == "key_value" else (behind, 0)))
 
 
 def find_plan(space: Space, proposer: str = "greedy", partitioner: str = "perf") -> Found:
@@ -200,7 +216,7 @@ def search_proposals(options: list[ShardingOption], topology: Topology, proposer
                      ) -> tuple[Assignment | None, float, int, int]:
     """(option and ranks of each table, rating in ms, proposals, those that were partitioned) of the best plan."""
     bounds = {id(option): _bounds(option) for option in options}
-    free = np.array([(device.storage.hbm, device.storage.ddr) for device in topology.devices], dtype=np.float64)
+    free = np.array([_held(device.storage) for device in topology.devices], dtype=np.float64)
     best: Assignment | None = None
     best_rating = float("inf")
     seen: set[tuple[int, ...]] = set()
@@ -222,14 +238,18 @@ def search_proposals(options: list[ShardingOption], topology: Topology, proposer
 
 
 def _bounds(option: ShardingOption) -> Floats:
-    """Time, device and host bytes: of the largest shard, and of all of them."""
-    shards = np.array([(shard.perf.total, shard.storage.hbm, shard.storage.ddr) for shard in option.shards])
+    """Time, device, host and SSD bytes: of the largest shard, and of all of them."""
+    shards = np.array([(shard.perf.total, *_held(shard.storage)) for shard in option.shards])
     return np.concatenate([shards.max(0), shards.sum(0)])
+
+
+def _held(storage: Storage) -> tuple[int, int, int]:
+    return storage.hbm, storage.ddr, storage.ssd
 
 
 def _lowest_rating(bounds: Floats, free: Floats) -> float:
     """No placement of these options is faster: not than its slowest shard, nor than an even split; inf: none fits."""
-    largest, total = bounds[:, :3].max(0), bounds[:, 3:].sum(0)
+    largest, total = bounds[:, :4].max(0), bounds[:, 4:].sum(0)
     if (largest[1:] > free.max(0)).any() or (total[1:] > free.sum(0)).any():
         return float("inf")
     # The margin: a sum in another order may round to less.
@@ -271,6 +291,8 @@ def _checked(table: TableConfig, pooled: bool, config: SparseConfig, hardware: H
     for name in choice.kernels:
         if name not in KERNELS:
             raise ConfigError(f"{where} cannot use kernel {name!r}; use {' or '.join(KERNELS)}")
+    if "key_value" in (choice.kernels or (config.kernel,)):
+        _check_ssd(where, config, hardware)
     if columns and ("column_wise" not in choice.sharding_types or columns > table.embedding_dim):
         raise ConfigError(f"{where} of {table.embedding_dim} columns cannot be cut into columns:{columns}; add "
                           f"column_wise, and give {table.embedding_dim} or fewer")
@@ -285,6 +307,18 @@ def _checked(table: TableConfig, pooled: bool, config: SparseConfig, hardware: H
     return replace(choice, sharding_types=types, kernels=kernels)
 
 
+def _check_ssd(where: str, config: SparseConfig, hardware: Hardware) -> None:
+    if hardware.device == "cpu":
+        raise ConfigError(f"{where} cannot use kernel 'key_value': FBGEMM keeps tables on SSD for GPUs alone; use "
+                          "another kernel, or plan for GPUs")
+    if not hardware.ssd_bytes:
+        raise ConfigError(f"{where} cannot use kernel 'key_value': there is no SSD; say how much each host has, such "
+                          "as --topology 8xH100:ssd=3TB")
+    if config.optimizer != "rowwise_adagrad":
+        raise ConfigError(f"{where} cannot use kernel 'key_value': of the rules that there are here FBGEMM updates "
+                          f"rows on SSD by rowwise_adagrad alone, not {config.optimizer}; use it, or another kernel")
+
+
 def _sparse_plan(space: Space, assignment: Assignment) -> SparsePlan:
     tables = []
     described = {table.name: table for _, _, table in every_table(space.module)}
@@ -292,8 +326,13 @@ def _sparse_plan(space: Space, assignment: Assignment) -> SparsePlan:
         shards = [] if option.sharding_type == "data_parallel" else [
             Shard(rank=rank, offsets=(shard.offset[0], shard.offset[1]), sizes=(shard.size[0], shard.size[1]))
             for shard, rank in zip(option.shards, ranks, strict=True)]
-        kernel = space.kernels[option.name][0] if space.hardware.device == "cpu" else option.compute_kernel
-        tables.append(table_plan(option.path, described[option.name], option.is_pooled, option.sharding_type, kernel,
-                                 shards, space.config, space.hardware.world_size))
+        choice = space.choices[option.name]
+        kernel = choice.kernels[0] if space.hardware.device == "cpu" else option.compute_kernel
+        table = table_plan(option.path, described[option.name], option.is_pooled, option.sharding_type, kernel,
+                           shards, space.config, space.hardware.world_size)
+        # FBGEMM's tables on SSD are cached by last use, whatever is asked for.
+        policy = "lru" if kernel == "key_value" else space.config.cache_policy
+        tables.append(table.model_copy(update={"cache_load_factor": choice.cache_load_factor, "cache_policy": policy,
+                                               "coverage": choice.coverage}))
     return SparsePlan(world_size=space.hardware.world_size, ranks_per_host=space.hardware.local_size,
                       device=space.hardware.device, tables=tuple(tables))

@@ -29,6 +29,7 @@ from longer_rec.sparse.planfile import SparsePlan
 from longer_rec.sparse.planner import place_table
 from longer_rec.sparse.sharding import shard_ranker
 from longer_rec.sparse.tables import (
+    TRAINED_KERNELS,
     KernelName,
     ShardingName,
     SparseConfig,
@@ -167,7 +168,7 @@ def trials() -> Iterator[tuple[bool, str, str]]:
     """(pooled, sharding type, kernel) of everything worth trying."""
     for pooled in (False, True):
         for sharding_type in get_args(ShardingName):
-            for kernel in ("dense",) if sharding_type == "data_parallel" else get_args(KernelName):
+            for kernel in ("dense",) if sharding_type == "data_parallel" else TRAINED_KERNELS:
                 yield pooled, sharding_type, kernel
 
 

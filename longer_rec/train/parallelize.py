@@ -10,18 +10,15 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from longer_rec.checkpoint.manager import CheckpointManager
-from longer_rec.data.frequency import count_lookups, replay_lookups
+from longer_rec.data.frequency import count_lookups
 from longer_rec.data.history import Dataset
 from longer_rec.data.workload import sample_workload
-from longer_rec.elastic.assignment import resolve_num_workers
 from longer_rec.errors import ConfigError
-from longer_rec.job import Job, build_ranker
+from longer_rec.job import Job, build_ranker, expect_hits, row_fetches
 from longer_rec.ranker import Ranker
 from longer_rec.runtime.distributed import World, on_main
-from longer_rec.sparse.cache import forecast_caches
 from longer_rec.sparse.init import initialize_tables
 from longer_rec.sparse.optimizers import RankerOptimizer
-from longer_rec.sparse.placement import step_fetches
 from longer_rec.sparse.planfile import SparsePlan
 from longer_rec.sparse.planner import build_plan
 from longer_rec.sparse.sharding import shard_ranker
@@ -93,10 +90,5 @@ def plan_tables(ranker: Ranker, job: Job, dataset: Dataset, world: World, foreca
     if job.sparse.placement is None:
         return plan()
     lookups = count_lookups(dataset, job.data.max_events)
-    num_workers, step_requests = resolve_num_workers(job.elastic, world.size), job.step_requests(world.size)
-    placed = plan({table: step_fetches(count, dataset.num_requests("train") / step_requests)
-                   for table, count in lookups.items()})
-    if not forecast:
-        return placed
-    num_steps = min(200, max(4, 20_000 // step_requests))  # some seconds at 10 ms for 64 requests of 540 events
-    return forecast_caches(placed, lookups, replay_lookups(dataset, job.data, job.seed, num_workers, num_steps))
+    placed = plan(row_fetches(job, dataset, lookups, world.size))
+    return expect_hits(placed, job, dataset, lookups) if forecast else placed

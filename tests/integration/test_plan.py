@@ -104,6 +104,43 @@ def test_tables_behind_too_little_host_memory_are_told_so(commands: CommandServe
     assert "on the device (fused)" in outcome.out
 
 
+def test_placement_goes_by_the_topology_and_is_told_with_its_hit_rates(commands: CommandServer, synthetic: Path,
+                                                                       tmp_path: Path) -> None:
+    small = "2x1GB:host=1MB,ssd=1TB"
+    outcome = commands.run("plan", CONFIG, f"data.dir={synthetic}", "sparse.placement=auto", "sparse.default_dim=128",
+                           "sparse.device_memory=100KB", "--topology", small, "--out", tmp_path)
+    assert (outcome.code, outcome.err) == (0, ""), outcome
+    assert "on SSD" in outcome.out
+    assert "can be planned, not trained" in " ".join(outcome.out.split())
+    assert "on SSD" in (tmp_path / "plan.html").read_text()
+    plan = load_plan(tmp_path / "plan.json")
+    on_ssd = [table for table in plan.tables if table.kernel == "key_value"]
+    assert on_ssd
+    for table in on_ssd:
+        assert table.cache_load_factor is not None
+        assert table.expected_hit_rate is not None
+        assert 0 < table.expected_hit_rate["lru"] <= 1
+    refused = commands.run("train", CONFIG, f"data.dir={synthetic}", f"run_dir={tmp_path / 'run'}",
+                           "sparse.default_dim=128", f"sparse.plan={tmp_path / 'plan.json'}")
+    assert refused.code == 2
+    # Without its SSD the same machine has no plan; the SSD is the way out that is offered.
+    without = commands.run("plan", CONFIG, f"data.dir={synthetic}", "sparse.placement=auto", "sparse.default_dim=128",
+                           "sparse.device_memory=100KB", "--topology", "2x1GB:host=1MB", "--out", tmp_path)
+    assert without.code == 1, without
+    told = " ".join(without.out.split())
+    assert re.search(r"need \d+ bytes of host memory on a rank, there are 524288", told)
+    assert "ssd=1TB on each host (tables on SSD are not trained by this package)" in told
+
+
+def test_a_table_that_fits_nowhere_else_is_offered_ssd(job: Job) -> None:
+    large = Scenario(job, open_dataset(job.data.dir), parse_topology("2x16GB:host=1GB")).change(row_factor=300_000.0)
+    found = [remedy for remedy in remedies(large) if "SSD" in remedy.text]
+    assert [remedy.text for remedy in found] == ["ssd=1TB, and item on SSD (key_value, not trained by this package)"]
+    [outcome] = [remedy.outcome for remedy in found]
+    assert sum(outcome.behind["ssd"]) > 16 << 30
+    assert max(outcome.behind["ssd"]) <= 512 << 30
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (["--topology", "8x80"], "'80' is not a size"),
     (["--topology", "8x80GB", "--sweep", "gpu=3"], "--sweep 'gpu=3' cannot be read; use one of gpus, batch"),
@@ -124,7 +161,10 @@ def test_tables_behind_too_little_host_memory_are_told_so(commands: CommandServe
     (["--topology", "8x80GB", "--constrain", "itm=row_wise"], "names table 'itm'"),
     (["--topology", "8x80GB", "--proposer", "greed"], "--proposer 'greed': 'greed' is unknown; use greedy or"),
     (["--topology", "8x80GB", "--calibration", "none.yaml"], "--calibration none.yaml .*cannot read none.yaml"),
-    (["--topology", "8x80GB", "sparse.placement=auto"], "placement=auto goes by .* add sparse.placement=null"),
+    (["--topology", "8x80GB", "sparse.placement=auto", "--sweep", "rows=2"], "rows=2: .* says nothing of other rows"),
+    (["--topology", "8x80GB", "sparse.placement=auto", "--constrain", "item=fused_uvm"], "decides the kernel of table"),
+    (["--topology", "8x80GB", "sparse.kernel=key_value"], "cannot use kernel 'key_value': there is no SSD; say how"),
+    (["--calibrate", "1", "sparse.placement=auto"], "placement=auto would choose again; add sparse.placement=null"),
     (["--calibrate", "two"], "two is not a list of numbers"),
     (["--calibrate", "1,9999"], "--calibrate 9999: this machine can measure 1 to [0-9]+ ranks")])
 def test_bad_words_end_in_one_line(commands: CommandServer, synthetic: Path, tmp_path: Path, options: list[str],

@@ -1,5 +1,6 @@
 """Placement by frequency, and the cache that is simulated for it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,15 @@ from longer_rec.errors import ConfigError
 from longer_rec.report.numbers import format_kernel
 from longer_rec.runtime.distributed import World
 from longer_rec.sparse.cache import WAYS, CacheSimulation, forecast_caches
-from longer_rec.sparse.placement import MIN_COVERAGE, WHOLE_SHARE, Placement, TableDemand, place_tables
+from longer_rec.sparse.placement import (
+    MIN_COVERAGE,
+    WHOLE_SHARE,
+    DoesNotFit,
+    Placement,
+    TableDemand,
+    Tiers,
+    place_tables,
+)
 from longer_rec.sparse.planfile import SparsePlan, load_plan, save_plan
 from longer_rec.sparse.planner import build_plan
 from longer_rec.sparse.tables import CachePolicy, SparseConfig, build_tables
@@ -43,13 +52,13 @@ def device_bytes(demands: dict[str, TableDemand], places: dict[str, Placement]) 
 def test_what_fits_stays_on_the_device() -> None:
     demands = {"item": demand(zipf(5000)), "never": demand(np.zeros(100))}
     size = sum(one.whole_bytes for one in demands.values())
-    assert {place.kernel for place in place_tables(demands, size, 0).values()} == {"fused"}
-    assert {place.kernel for place in place_tables(demands, size - 1, HUGE).values()} != {"fused"}
+    assert {place.kernel for place in place_tables(demands, Tiers(size, 0)).values()} == {"fused"}
+    assert {place.kernel for place in place_tables(demands, Tiers(size - 1, HUGE)).values()} != {"fused"}
 
 
 def test_hot_tables_are_whole_warm_ones_cached_and_cold_ones_in_host_memory() -> None:
     demands = {"hot": demand(np.full(300, 1e4)), "warm": demand(zipf(20_000)), "cold": demand(np.full(50_000, 0.01))}
-    places = place_tables(demands, 800_000, HUGE)
+    places = place_tables(demands, Tiers(800_000, HUGE))
     assert {name: place.kernel for name, place in places.items()} == {
         "hot": "fused", "warm": "fused_uvm_caching", "cold": "fused_uvm"}
     warm = np.sort(zipf(20_000))[::-1]
@@ -61,7 +70,7 @@ def test_hot_tables_are_whole_warm_ones_cached_and_cold_ones_in_host_memory() ->
 def test_all_tables_share_one_threshold() -> None:
     """The rows on the device are fetched more often than those that are not, whatever their table."""
     demands = {"a": demand(zipf(20_000)), "b": demand(zipf(30_000, 4e5)), "c": demand(zipf(10_000, 3e4))}
-    places = place_tables(demands, 2_000_000, HUGE)
+    places = place_tables(demands, Tiers(2_000_000, HUGE))
     edges = []
     for name, one in demands.items():
         assert places[name].kernel == "fused_uvm_caching"
@@ -82,9 +91,9 @@ def test_no_rank_holds_more_than_its_budget(world_size: int, num_tables: int, se
                                          tuple(shares))
     budget = int(part * sum(one.whole_bytes for one in demands.values()))
     assume(budget >= sum(one.device_bytes(0) for one in demands.values()))
-    places = place_tables(demands, budget, HUGE)
+    places = place_tables(demands, Tiers(budget, HUGE))
     assert (device_bytes(demands, places) <= budget).all()
-    assert places == place_tables(demands, budget, HUGE)
+    assert places == place_tables(demands, Tiers(budget, HUGE))
     for place in places.values():
         assert (place.kernel == "fused_uvm_caching") == (place.cache_load_factor is not None)
         assert place.kernel != "fused_uvm_caching" or place.coverage >= MIN_COVERAGE
@@ -93,30 +102,73 @@ def test_no_rank_holds_more_than_its_budget(world_size: int, num_tables: int, se
 def test_a_cache_that_would_serve_little_is_given_up() -> None:
     flat = {"flat": demand(np.ones(10_000))}
     whole = flat["flat"].whole_bytes
-    assert place_tables(flat, whole // 20 + 200_000, HUGE)["flat"].kernel == "fused_uvm"
-    assert place_tables(flat, whole // 2 + 200_000, HUGE)["flat"].kernel == "fused_uvm_caching"
+    assert place_tables(flat, Tiers(whole // 20 + 200_000, HUGE))["flat"].kernel == "fused_uvm"
+    assert place_tables(flat, Tiers(whole // 2 + 200_000, HUGE))["flat"].kernel == "fused_uvm_caching"
 
 
 def test_a_table_that_is_nearly_on_the_device_is_held_whole_if_it_fits() -> None:
     table = demand(np.concatenate([np.full(900, 10.0), np.zeros(100)]))
     other = demand(np.full(10_000, 1.0))
     assert WHOLE_SHARE < 0.9
-    assert place_tables({"table": table, "other": other}, table.whole_bytes + other.device_bytes(0) + 1000,
-                        HUGE)["table"].kernel == "fused"
+    assert place_tables({"table": table, "other": other}, Tiers(
+        table.whole_bytes + other.device_bytes(0) + 1000, HUGE))["table"].kernel == "fused"
 
 
 def test_what_host_memory_cannot_hold_is_refused() -> None:
     demands = {"warm": demand(np.full(10_000, 5.0)), "cold": demand(np.full(10_000, 1.0))}
     state = sum(one.device_bytes(0) for one in demands.values())
     one = demands["warm"].host_bytes(0)
-    assert {place.kernel for place in place_tables(demands, state, 2 * one).values()} == {"fused_uvm"}
+    assert {place.kernel for place in place_tables(demands, Tiers(state, 2 * one)).values()} == {"fused_uvm"}
     with pytest.raises(ConfigError, match=f"need {2 * one} bytes of host memory on a rank, there are {2 * one - 1}"):
-        place_tables(demands, state, 2 * one - 1)
+        place_tables(demands, Tiers(state, 2 * one - 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(0, 2**32 - 1), st.floats(0.1, 1.2), st.floats(0, 1))
+def test_what_host_memory_has_no_room_for_lies_on_ssd_the_least_missed_first(
+        world_size: int, num_tables: int, seed: int, part: float, host_part: float) -> None:
+    random = np.random.default_rng(seed)
+    demands = {str(name): TableDemand(random.pareto(1.5, random.integers(1, 3000)) * random.uniform(0, 100),
+                                      4 * int(random.integers(1, 64)), 4, True, np.full(world_size, 1 / world_size))
+               for name in range(num_tables)}
+    whole = sum(one.whole_bytes for one in demands.values())
+    tiers = Tiers(int(part * whole), int(host_part * whole / world_size), HUGE)
+    try:
+        places = place_tables(demands, tiers)
+    except DoesNotFit:  # what FBGEMM keeps on the device of a table on SSD
+        assume(False)
+    on_host = sum(one.host_bytes(0) for name, one in demands.items() if places[name].kernel.startswith("fused_uvm"))
+    assert on_host <= tiers.host * world_size
+    assert (device_bytes(demands, places) <= tiers.device).all()
+    for name, place in places.items():
+        assert (place.kernel in ("fused_uvm_caching", "key_value")) == (place.cache_load_factor is not None)
+        if place.kernel == "key_value":  # there was no room left beside those that miss more
+            assert on_host + demands[name].host_bytes(0) > tiers.host * world_size
+    roomy = place_tables(demands, replace(tiers, host=HUGE))
+    assert all(place.kernel != "key_value" for place in roomy.values())
+    assert {name for name, place in places.items() if place.kernel == "fused"} == {
+        name for name, place in roomy.items() if place.kernel == "fused"}
+
+
+def test_a_table_on_ssd_has_a_cache_and_ssd_has_an_end() -> None:
+    demands = {"warm": demand(np.full(10_000, 5.0)), "cold": demand(np.full(10_000, 1.0))}
+    state, one = sum(each.device_bytes(0) for each in demands.values()), demands["warm"].host_bytes(0)
+    room = Tiers(state + 12 * 10_000 + 32 * 80, one, one)
+    places = place_tables(demands, room)
+    assert {name: place.kernel for name, place in places.items()} == {"warm": "fused_uvm", "cold": "key_value"}
+    assert round((places["cold"].cache_load_factor or 0) * 10_000) == 32
+    with pytest.raises(DoesNotFit, match=f"need {2 * one} bytes of host memory or SSD on a rank, there are {one} and"):
+        place_tables(demands, replace(room, ssd=one - 1))
+    with pytest.raises(DoesNotFit, match="cannot hold what FBGEMM keeps there of table 'cold' on SSD"):
+        place_tables(demands, replace(room, device=room.device - 1))
+    sgd = {name: replace(each, state_on_device=False) for name, each in demands.items()}
+    with pytest.raises(DoesNotFit, match="or sparse.optimizer=rowwise_adagrad, without which nothing lies on SSD"):
+        place_tables(sgd, replace(room, host=2 * one))
 
 
 def test_optimizer_state_that_cannot_leave_the_device_is_refused_when_it_does_not_fit() -> None:
     with pytest.raises(ConfigError, match="stays on the device"):
-        place_tables({"item": demand(zipf(1000))}, 3999, HUGE)
+        place_tables({"item": demand(zipf(1000))}, Tiers(3999, HUGE))
 
 
 def plan(**options: object) -> SparsePlan:
@@ -141,12 +193,14 @@ def test_the_plan_carries_kernels_and_caches_to_torchrec(choice: str, tmp_path: 
             assert sharding.cache_params.algorithm.name == "LFU"
 
 
-def test_ssd_is_refused(tmp_path: Path) -> None:
+def test_a_table_on_ssd_is_not_trained(tmp_path: Path) -> None:
     save_plan(plan(), tmp_path / "plan.json")
     path = tmp_path / "ssd.json"
     path.write_text((tmp_path / "plan.json").read_text().replace('"fused"', '"key_value"'))
-    with pytest.raises(ConfigError, match="key_value, on SSD, cannot be trained here"):
+    with pytest.raises(ConfigError, match=r"kernel 'key_value' \(a table on SSD .* can be planned, not trained"):
         plan(plan=str(path), placement=None)
+    with pytest.raises(ConfigError, match="sparse.kernel=key_value: a table on SSD .* cannot start its rows as"):
+        plan(kernel="key_value", placement=None)
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -234,6 +288,11 @@ def test_hit_rates_are_told_for_cached_tables_alone() -> None:
             assert f"fused_uvm_caching {table.cache_load_factor:.2%}, hits {rate['lfu']:.0%}" == format_kernel(
                 table.model_dump())
     assert forecast_caches(plan(), LOOKUPS, []) == plan()
+    on_ssd = made.model_copy(update={"tables": tuple(
+        table.model_copy(update={"kernel": "key_value", "cache_policy": "lru"})
+        if table.kernel == "fused_uvm_caching" else table for table in made.tables)})
+    assert [table.expected_hit_rate for table in forecast_caches(on_ssd, LOOKUPS, steps).tables] == [
+        table.expected_hit_rate for table in told.tables]
 
 
 @pytest.mark.parametrize("choice", ["table_wise", "auto"])

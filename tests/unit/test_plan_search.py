@@ -94,7 +94,10 @@ def test_a_preset_is_a_host_of_eight_and_scales(name: str) -> None:
     ("8x0GB", "'0GB' is not a size"), ("8x9" + "9" * 30 + "GB", "is not a size from 1MB to 1024TB"),
     ("12xH100", "12 ranks are not whole hosts of 8; use 8 or 16 ranks, or :local=6 with the topology"),
     ("8xH100:device=cpu", "H100 is cuda; leave device=cpu out"), ("8x80GB:local=4,local=8", "local is given twice"),
-    ("8x80GB:ssd=4TB", "tables on SSD cannot be trained here, and are not planned; leave ssd=4TB out"),
+    ("2x4GB:device=cpu,ssd=4TB", "FBGEMM keeps tables on SSD for GPUs alone; leave ssd=4TB out, or plan"),
+    ("8x80GB:ssd=4", "ssd: '4' is not a size"),
+    ("8x80GB:ssd_bw=4GB/s", "ssd_bw=4GB/s has no effect without ssd; add it"),
+    ("8x80GB:ssd=4TB,ssd_bw=fast", "ssd_bw='fast' is not a rate"),
     ("2x4GB:device=cpu,host=8GB", "ranks on a CPU have the host memory they are given"),
     ("8xH10", "neither a size nor one of A100, H100, H200, B200 and auto; did you mean H100"),
     ("8x80GB:local=3", "8 ranks are not whole hosts of 3"), ("8x80GB:local=x", "local=x is no number of ranks a host"),
@@ -172,6 +175,38 @@ def test_what_does_not_fit_has_no_plan_and_host_memory_helps() -> None:
     assert find_plan(space(parse_topology("2x4GB:host=4GB"), {"item": Choice(kernels=("fused_uvm",))})).plan is None
 
 
+def test_ssd_holds_what_neither_device_nor_host_memory_does() -> None:
+    on_ssd = {"item": Choice(kernels=("key_value",))}
+    found = find_plan(space(parse_topology("2x4GB:host=4GB,ssd=16GB"), on_ssd))
+    assert found.plan is not None
+    item = next(table for table in found.plan.tables if table.table == "item")
+    assert (item.kernel, item.cache_policy) == ("key_value", "lru")
+    shards = [shard.size for shard in found.placed if shard.table == "item"]
+    assert sum(size.ssd for size in shards) == item.weight_bytes
+    assert sum(size.host for size in shards) == 0
+    assert sum(size.optimizer for size in shards) == item.optimizer_bytes  # FBGEMM keeps it on the device
+    assert max(size.ssd for size in shards) <= 8 * GIB
+    assert find_plan(space(parse_topology("2x4GB:host=4GB,ssd=8GB"), on_ssd)).plan is None
+
+
+def test_reading_ssd_takes_a_block_for_each_row_that_the_cache_misses() -> None:
+    machine = parse_topology("2x80GB:ssd=1TB,ssd_bw=4GB/s")
+
+    def slowest(choice: Choice, part: str) -> float:
+        found = find_plan(space(machine, {"item": replace(choice, sharding_types=("row_wise",))}))
+        return max(shard.seconds[part] for shard in found.placed if shard.table == "item")
+
+    plain = Choice(kernels=("fused",))
+    for hit in (0.0, 0.5, 0.9, 1.0):
+        cached = Choice(kernels=("key_value",), cache_load_factor=0.1, coverage=hit)
+        # Rows of 256 bytes lie in blocks of 4096, read at 4 GB/s; hits, and all updates, in device memory.
+        device, ssd = machine.device_bw, 4e9
+        assert slowest(cached, "forward") == pytest.approx(
+            slowest(plain, "forward") * device * (hit / device + (1 - hit) * 16 / ssd))
+        assert slowest(cached, "backward") == pytest.approx(
+            slowest(plain, "backward") * device * (1 / device + (1 - hit) / ssd))
+
+
 def test_constraints_are_kept() -> None:
     found = find_plan(space(parse_topology("4x80GB"), parse_constraints(["item=column_wise+columns:16"]),
                             optimizer="adagrad"))
@@ -194,7 +229,8 @@ def test_a_strict_job_gets_types_that_do_not_depend_on_the_ranks() -> None:
     ("item=rowwise", "'item' cannot be rowwise: known are table_wise"),
     ("item=column_wise", "'item' cannot be column_wise: rowwise_adagrad"),
     ("item=data_parallel", "'item' cannot be data_parallel: sequence tables"),
-    ("item=key_value", "cannot use kernel 'key_value'; use fused or fused_uvm"),
+    ("item=key_value", "cannot use kernel 'key_value': there is no SSD; say how much each host has, such"),
+    ("item=ssd", "'item' cannot be ssd: known are table_wise"),
     ("item=table_wise+columns:16", "of 64 columns cannot be cut into columns:16; add column_wise"),
     ("item=fused+fused", "says fused twice; keep one of them"),
     ("item=fused_uvm+fused", "names two kernels, fused_uvm and fused; a table has one: keep one of them"),
@@ -205,6 +241,14 @@ def test_a_strict_job_gets_types_that_do_not_depend_on_the_ranks() -> None:
 def test_a_constraint_that_cannot_be_kept_is_named(constraint: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         space(parse_topology("4x80GB"), dict(parse_constraints([constraint])))
+
+
+def test_ssd_needs_a_gpu_and_row_wise_adagrad() -> None:
+    on_ssd = {"item": Choice(kernels=("key_value",))}
+    with pytest.raises(ConfigError, match="FBGEMM keeps tables on SSD for GPUs alone; use another kernel, or plan for"):
+        space(parse_topology("2x64GB:device=cpu"), on_ssd)
+    with pytest.raises(ConfigError, match="rows on SSD by rowwise_adagrad alone, not sgd; use it, or another kernel"):
+        space(parse_topology("2x80GB:ssd=1TB"), on_ssd, optimizer="sgd")
 
 
 def test_a_table_is_constrained_once() -> None:
