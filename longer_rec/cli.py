@@ -181,21 +181,32 @@ def replay(run_dir: Annotated[Path, typer.Argument(help="run directory")]) -> No
     typer.echo("\n".join(replay_run(run_dir)))
 
 
-Detail = Annotated[bool, typer.Option("--detail", help="every tensor")]
+Detail = Annotated[bool, typer.Option("--detail", help="every tensor, or table of prepared data")]
 
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint directory, or a run directory")],
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint directory, run directory, or prepared data")],
     detail: Detail = False,
 ) -> None:
-    """Position, tables and tower of a checkpoint, its files verified."""
+    """Position, tables and tower of a checkpoint, or what prepared data holds; files verified."""
+    if (checkpoint / "requests.arrow").is_file():
+        _inspect_data(checkpoint, detail)
+        return
     from longer_rec.checkpoint.inspect import find_checkpoint, inspect_checkpoint, summary_lines
 
     summary = inspect_checkpoint(find_checkpoint(checkpoint))
     typer.echo("\n".join(summary_lines(summary, detail)))
     if summary.faults:
         raise CheckpointError(f"{'; '.join(summary.faults[:3])}; use another checkpoint")
+
+
+def _inspect_data(path: Path, detail: bool) -> None:
+    from longer_rec.data.history import open_dataset
+    from longer_rec.data.prepare import summary_lines
+
+    fingerprint = open_dataset(path).fingerprint
+    typer.echo("\n  ".join([f"{path}: fingerprint {fingerprint[:12]}", *summary_lines(path, detail)]))
 
 
 @app.command()

@@ -9,10 +9,11 @@ import pydantic
 import torch
 
 from longer_rec.config import Config, apply_overrides, build_config, flatten
-from longer_rec.data.frequency import replay_lookups
+from longer_rec.data.frequency import STORED_EVENTS, count_lookups, stored_lookups
 from longer_rec.data.history import Dataset
 from longer_rec.data.instance_sources import BatchInstances, read_instances
 from longer_rec.data.loader import DataConfig
+from longer_rec.data.replay import replay_lookups
 from longer_rec.elastic.assignment import ElasticConfig, resolve_num_workers
 from longer_rec.model.compressor import CompressConfig
 from longer_rec.model.inputs import InputWidths, InstanceWidths
@@ -103,6 +104,22 @@ def baseline_jobs(job: Job) -> dict[str, Job]:
                            f"baselines.{name}")
         for name, overrides in job.baselines.items()
     }
+
+
+def row_lookups(job: Job, dataset: Dataset, say: bool = False) -> dict[str, Floats]:
+    """Lookups of each row of each table in an epoch of the job: as ``prepare`` stored them, or counted now.
+
+    ``say``: print a line where they are counted.
+    """
+    max_events = job.data.max_events
+    stored = stored_lookups(dataset, max_events)
+    if stored is not None:
+        return stored
+    if say:
+        why = f"has them for {STORED_EVENTS}" if "lookups" in dataset.summary else "was prepared without them"
+        print(f"{job.name}: lookups of rows are counted for data.max_events={max_events}; {dataset.path} {why}",
+              flush=True)
+    return count_lookups(dataset, max_events)
 
 
 def row_fetches(job: Job, dataset: Dataset, lookups: Mapping[str, Floats], num_processes: int) -> dict[str, Floats]:

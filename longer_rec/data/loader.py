@@ -17,6 +17,7 @@ import torch.utils.data
 from longer_rec.batch import RequestBatch, validate_batch
 from longer_rec.config import Config
 from longer_rec.data.batches import make_batch, request_sizes
+from longer_rec.data.frequency import STORED_EVENTS
 from longer_rec.data.history import Dataset
 from longer_rec.data.instance_sources import InstancesConfig
 from longer_rec.data.order import I64, deal_evenly, hash_u64, sample_positions, sample_rows
@@ -31,7 +32,7 @@ class DataConfig(Config):
     """Where the prepared data lies, and how batches are cut from it."""
 
     dir: Path
-    max_events: int = pydantic.Field(1000, ge=1, description="newest events of a history that a model sees")
+    max_events: int = pydantic.Field(STORED_EVENTS, ge=1, description="newest events of a history that a model sees")
     batch_requests: int = pydantic.Field(32, ge=1, description="per logical worker")
     eval_batch_requests: int = pydantic.Field(64, ge=1)
     balance: bool = pydantic.Field(True, description="deal the requests of a step so that all workers have equal work")

@@ -24,15 +24,18 @@ def settings_hash(log: LogSource, inputs: dict[str, str]) -> str:
     return _hash_json([FORMAT, log.config.model_dump(mode="json"), log.settings, inputs])
 
 
-def write_manifest(directory: Path, log: LogSource, key: str, inputs: dict[str, str], tables: Tables,
-                   report: StoreReport) -> None:
+def make_manifest(log: LogSource, key: str, inputs: dict[str, str], tables: Tables, report: StoreReport
+                  ) -> dict[str, Any]:
+    """All of a manifest but what ``write_manifest`` reads off the files."""
+    return {"format": FORMAT, "settings_hash": key, "name": log.config.name, "description": log.config.description,
+            "inputs": inputs, "config": log.config.model_dump(mode="json"), "settings": log.settings,
+            "summary": {**report.as_dict(), **tables.notes, "tables": tables.schema.num_rows}}
+
+
+def write_manifest(directory: Path, content: dict[str, Any]) -> None:
     """Hash every file of ``directory`` and write the manifest beside them."""
     files = {path.name: hash_file(path) for path in sorted(directory.iterdir()) if path.is_file()}
-    content = {
-        "format": FORMAT, "fingerprint": _hash_json([FORMAT, key, files]), "settings_hash": key,
-        "name": log.config.name, "description": log.config.description, "inputs": inputs,
-        "config": log.config.model_dump(mode="json"), "settings": log.settings, "files": files,
-        "summary": {**report.as_dict(), **tables.notes, "tables": tables.schema.num_rows}}
+    content = {**content, "files": files, "fingerprint": _hash_json([FORMAT, content["settings_hash"], files])}
     content = json.loads(json.dumps(content))
     content["manifest_sha256"] = _hash_json(content)
     (directory / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")

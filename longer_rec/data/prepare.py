@@ -1,7 +1,8 @@
 """From a described log to a prepared dataset: history store, request index, encoders, schema and manifest.
 
 Four passes, of which the first alone sees the log: spill it in partitions of users; sort each partition; count the
-training period; encode and write. Memory holds one partition and the vocabularies, never the log.
+training period; encode and write. Lookups are counted of what was written. Memory holds one partition and the
+vocabularies, never the log.
 """
 
 import fcntl
@@ -11,11 +12,14 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from longer_rec.data.datasets import load_source
-from longer_rec.data.manifest import MANIFEST, read_manifest, settings_hash, write_manifest
+from longer_rec.data.frequency import LOOKUPS, write_lookups
+from longer_rec.data.history import view_dataset
+from longer_rec.data.manifest import MANIFEST, make_manifest, read_manifest, settings_hash, write_manifest
 from longer_rec.data.partition import SPLITS, Cuts, TimeHistogram, view_partition
 from longer_rec.data.sources import LogSource
 from longer_rec.data.spill import Spill, spill_log
@@ -25,6 +29,7 @@ from longer_rec.data.writer import write_store
 from longer_rec.errors import ConfigError, DataError
 
 _PARTITION_ROWS = 1 << 18
+_SKEW_ROWS = 100
 _MAX_PARTITIONS = 512  # each is an open file while the log is spilled
 
 
@@ -48,12 +53,15 @@ def prepare(source: str, out: Path, *, overrides: Sequence[str] = ()) -> Path:
         tables = write_tables(log, counts, directory)
         report = write_store(log, spill, cuts, tables, directory)
         shutil.rmtree(spill_directory)
-        write_manifest(directory, log, key, inputs, tables, report)
+        manifest = make_manifest(log, key, inputs, tables, report)
+        manifest["summary"]["lookups"] = write_lookups(view_dataset(directory, manifest), directory / LOOKUPS)
+        write_manifest(directory, manifest)
     return out
 
 
-def summary_lines(out: Path) -> list[str]:
-    """A prepared dataset for reading: what is in it, what was dropped, and what training never saw."""
+def summary_lines(out: Path, detail: bool = False) -> list[str]:
+    """A prepared dataset for reading: what is in it, what was dropped, what training never saw, and how unequally
+    rows are looked up: of tables of 100 rows or more, with ``detail`` of all."""
     summary = read_manifest(out)["summary"]
     total = {name: sum(summary[name].values()) for name in ("events", "candidates", "requests_without_candidates")}
     requests = ", ".join(f"{split} {summary['requests'][split]:,}" for split in SPLITS)
@@ -63,7 +71,22 @@ def summary_lines(out: Path) -> list[str]:
             f"requests: {requests}; positive candidates: {positive}",
             f"dropped: {summary['bad_rows_dropped']:,} bad rows, {total['requests_without_candidates']:,} requests of "
             f"items that training never saw; duplicate rows: {summary['duplicate_rows']:,}",
-            f"candidates unseen in training: {unseen}"]
+            f"candidates unseen in training: {unseen}", *_skew_lines(summary, detail)]
+
+
+def _skew_lines(summary: dict[str, Any], detail: bool) -> list[str]:
+    found = summary.get("lookups")
+    if found is None:
+        return ["lookups of rows: not counted by the version that prepared this; `longer-rec prepare` into another "
+                "folder counts them"]
+    lines = [f"lookups of rows in an epoch, data.max_events={found['max_events']}:"]
+    for table, one in sorted(found["tables"].items(), key=lambda item: -summary["tables"][item[0]]):
+        if detail or summary["tables"][table] >= _SKEW_ROWS:
+            shares = ", ".join(f"{part} {share:.1%}" for part, share in zip(("1 %", "10 %", "50 %"), one["hottest"],
+                                                                           strict=True))
+            lines.append(f"  {table}: {one['lookups']:,.0f}; to the hottest of its {summary['tables'][table]:,} rows: "
+                         f"{shares}")
+    return lines
 
 
 def _is_prepared(out: Path, key: str) -> bool:

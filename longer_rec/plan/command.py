@@ -13,7 +13,7 @@ from rich.console import Console
 from longer_rec.config import dump_config, load_config
 from longer_rec.data.history import open_dataset
 from longer_rec.errors import ConfigError
-from longer_rec.job import Job, expect_hits, source_config
+from longer_rec.job import Job, expect_hits, row_lookups, source_config
 from longer_rec.plan import show
 from longer_rec.plan.calibrate import Measure, bytes_compared, calibrate, fit, seconds_compared
 from longer_rec.plan.scenario import KINDS, Constants, Outcome, Scenario, solve
@@ -77,6 +77,8 @@ def plan_job(job: Job, request: Request) -> bool:
     _make_directory(request.out, paths)
     console, sections, all_fit = make_console(), [], True
     for scenario, sweep, path in zip(scenarios, sweeps, paths, strict=True):
+        if job.sparse.placement is not None and not scenario.counts:
+            scenario.counts[job.data.max_events] = row_lookups(job, dataset, say=True)
         outcomes = compare(scenario, proposers, partitioners)
         all_fit &= outcomes[0].fits
         if outcomes[0].fits and job.sparse.placement is not None:

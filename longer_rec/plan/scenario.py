@@ -10,12 +10,11 @@ import pydantic
 import torch
 
 from longer_rec.config import Config
-from longer_rec.data.frequency import count_lookups
 from longer_rec.data.history import Dataset
 from longer_rec.data.workload import Batch, Workload, sample_workload
 from longer_rec.elastic.assignment import resolve_num_workers
 from longer_rec.errors import ConfigError
-from longer_rec.job import Job, build_ranker, input_widths, row_fetches
+from longer_rec.job import Job, build_ranker, input_widths, row_fetches, row_lookups
 from longer_rec.model.baselines.common import SequenceConfig
 from longer_rec.model.flops import tower_flops
 from longer_rec.model.longer import TowerConfig
@@ -98,7 +97,7 @@ class Scenario:
         """Lookups of each row of each table in an epoch."""
         max_events = self.job.data.max_events
         if max_events not in self.counts:
-            self.counts[max_events] = count_lookups(self.dataset, max_events)
+            self.counts[max_events] = row_lookups(self.job, self.dataset)
         return self.counts[max_events]
 
     @cached_property

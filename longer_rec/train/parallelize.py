@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from longer_rec.checkpoint.manager import CheckpointManager
-from longer_rec.data.frequency import count_lookups
 from longer_rec.data.history import Dataset
 from longer_rec.data.workload import sample_workload
 from longer_rec.errors import ConfigError
-from longer_rec.job import Job, build_ranker, expect_hits, row_fetches
+from longer_rec.job import Job, build_ranker, expect_hits, row_fetches, row_lookups
 from longer_rec.ranker import Ranker
 from longer_rec.runtime.distributed import World, on_main
 from longer_rec.sparse.init import initialize_tables
@@ -89,6 +88,6 @@ def plan_tables(ranker: Ranker, job: Job, dataset: Dataset, world: World, foreca
                    workload.ids_per_request(dataset.schema), job.elastic.is_strict)
     if job.sparse.placement is None:
         return plan()
-    lookups = count_lookups(dataset, job.data.max_events)
+    lookups = row_lookups(job, dataset, say=forecast)
     placed = plan(row_fetches(job, dataset, lookups, world.size))
     return expect_hits(placed, job, dataset, lookups) if forecast else placed

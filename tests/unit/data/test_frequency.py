@@ -10,9 +10,12 @@ import pytest
 from longer_rec.batch import RequestBatch
 from longer_rec.data import frequency
 from longer_rec.data.batches import make_batch
-from longer_rec.data.frequency import count_lookups, replay_lookups
-from longer_rec.data.history import Dataset
+from longer_rec.data.frequency import LOOKUPS, STORED_EVENTS, count_lookups, stored_lookups
+from longer_rec.data.history import Dataset, open_dataset
 from longer_rec.data.loader import DataConfig, TrainLoader
+from longer_rec.data.prepare import summary_lines
+from longer_rec.data.replay import replay_lookups
+from longer_rec.errors import DataError
 from tests.unit.data.logs import DESCRIPTION, LABELLED, prepared, random_log
 
 USERS = {"source": {"files": ["users.csv"]}, "key": "who",
@@ -44,7 +47,8 @@ def with_users(folder: Path, description: dict) -> Dataset:
 @pytest.mark.parametrize("max_events", [1, EVENTS, 10_000])
 def test_counts_are_those_of_an_epoch_of_batches(max_events: int, tmp_path: Path,
                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frequency, "_CHUNK_EVENTS", 128)  # several chunks of events, two requests a chunk of candidates
+    monkeypatch.setattr(frequency, "_CHUNK_EVENTS", 128)  # several chunks of events, of requests, of candidates
+    monkeypatch.setattr(frequency, "_CHUNK_REQUESTS", 13)
     dataset = with_users(tmp_path, LABELLED)
     train = dataset.split_rows("train")
     expected = in_batches(dataset, [make_batch(dataset, np.arange(train.start, train.stop), max_events=max_events)])
@@ -64,6 +68,52 @@ def test_negatives_count_with_their_expectation(tmp_path: Path) -> None:
     counted = count_lookups(dataset, max_events=1)["item"]
     assert counted.sum() == pytest.approx(drawn.sum() / len(epochs), rel=1e-9)
     assert counted[1:] == pytest.approx(drawn[1:] / len(epochs), rel=0.1)
+
+
+def test_what_is_stored_is_what_would_be_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = with_users(tmp_path, DESCRIPTION)
+    longest = dataset.summary["history_length"]["max"]
+    assert EVENTS < longest < STORED_EVENTS
+    for max_events in (longest, STORED_EVENTS, 10_000):
+        stored, counted = stored_lookups(dataset, max_events), count_lookups(dataset, max_events)
+        assert stored is not None
+        assert stored.keys() == counted.keys()
+        for table, count in counted.items():
+            np.testing.assert_array_equal(stored[table], count, err_msg=table)
+    assert stored_lookups(dataset, longest - 1) is None
+    monkeypatch.setattr(frequency, "STORED_EVENTS", EVENTS)
+    short = with_users(tmp_path / "short", DESCRIPTION)
+    assert stored_lookups(short, EVENTS + 1) is None
+    stored = stored_lookups(short, EVENTS)
+    assert stored is not None
+    np.testing.assert_array_equal(stored["item"], count_lookups(short, EVENTS)["item"])
+
+
+def test_stored_lookups_belong_to_the_data(tmp_path: Path) -> None:
+    dataset = with_users(tmp_path, DESCRIPTION)
+    path = dataset.path / LOOKUPS
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{LOOKUPS} is damaged"):
+        open_dataset(dataset.path)
+
+
+def test_the_summary_says_how_unequal_lookups_are(tmp_path: Path) -> None:
+    dataset = with_users(tmp_path, DESCRIPTION)
+    counted = count_lookups(dataset, STORED_EVENTS)["item"]
+    hottest = np.sort(counted)[::-1]
+    shares = [hottest[:round(part * len(hottest))].sum() / hottest.sum() for part in (0.01, 0.1, 0.5)]
+    assert dataset.summary["lookups"]["tables"]["item"]["hottest"] == pytest.approx(shares)
+    told = "\n".join(summary_lines(dataset.path, detail=True))
+    assert (f"  item: {counted.sum():,.0f}; to the hottest of its {len(counted):,} rows: 1 % {shares[0]:.1%}, "
+            f"10 % {shares[1]:.1%}, 50 % {shares[2]:.1%}") in told
+
+
+def test_data_prepared_without_lookups_keeps_working(tmp_path: Path) -> None:
+    dataset = with_users(tmp_path, DESCRIPTION)
+    dataset.manifest["summary"].pop("lookups")
+    assert stored_lookups(dataset, STORED_EVENTS) is None
 
 
 def test_replay_is_what_training_looks_up(tmp_path: Path) -> None:
