@@ -82,9 +82,9 @@ def _skew_lines(summary: dict[str, Any], detail: bool) -> list[str]:
     lines = [f"lookups of rows in an epoch, data.max_events={found['max_events']}:"]
     for table, one in sorted(found["tables"].items(), key=lambda item: -summary["tables"][item[0]]):
         if detail or summary["tables"][table] >= _SKEW_ROWS:
-            shares = ", ".join(f"{part} {share:.1%}" for part, share in zip(("1 %", "10 %", "50 %"), one["hottest"],
+            shares = ", ".join(f"{part} have {share:.1%}" for part, share in zip(("1%", "10%", "50%"), one["hottest"],
                                                                            strict=True))
-            lines.append(f"  {table}: {one['lookups']:,.0f}; to the hottest of its {summary['tables'][table]:,} rows: "
+            lines.append(f"  {table}: {one['lookups']:,.0f}; of its {summary['tables'][table]:,} rows the hottest "
                          f"{shares}")
     return lines
 

@@ -106,8 +106,8 @@ def test_the_summary_says_how_unequal_lookups_are(tmp_path: Path) -> None:
     shares = [hottest[:round(part * len(hottest))].sum() / hottest.sum() for part in (0.01, 0.1, 0.5)]
     assert dataset.summary["lookups"]["tables"]["item"]["hottest"] == pytest.approx(shares)
     told = "\n".join(summary_lines(dataset.path, detail=True))
-    assert (f"  item: {counted.sum():,.0f}; to the hottest of its {len(counted):,} rows: 1 % {shares[0]:.1%}, "
-            f"10 % {shares[1]:.1%}, 50 % {shares[2]:.1%}") in told
+    assert (f"  item: {counted.sum():,.0f}; of its {len(counted):,} rows the hottest 1% have {shares[0]:.1%}, "
+            f"10% have {shares[1]:.1%}, 50% have {shares[2]:.1%}") in told
 
 
 def test_data_prepared_without_lookups_keeps_working(tmp_path: Path) -> None:
