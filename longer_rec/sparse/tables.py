@@ -30,7 +30,7 @@ Pooling = Literal["sum", "mean"]
 Collection: TypeAlias = EmbeddingCollection | EmbeddingBagCollection
 TableConfig: TypeAlias = EmbeddingConfig | EmbeddingBagConfig
 KernelName = Literal["fused", "fused_uvm", "fused_uvm_caching", "key_value"]
-# Those that this package trains: of a table on SSD it can neither fill the rows, nor digest nor save them.
+# Those that this package trains.
 TRAINED_KERNELS: tuple[KernelName, ...] = ("fused", "fused_uvm", "fused_uvm_caching")
 NOT_TRAINED = ("a table on SSD (key_value) can be planned, not trained: this package cannot start its rows as a "
                "function of (seed, row), nor digest or save them, on any machine")
