@@ -46,15 +46,29 @@ def write_study(directory: Path, content: Content) -> Path:
 
 
 def print_table(content: Content) -> None:
-    """The table in the terminal, without what the model costs."""
+    """The table in the terminal, without what the model costs; where that is too narrow, a block for each row."""
     titles, rows = text_table(content)
     shown = [index for index, title in enumerate(titles)
              if index < _num_names(content) or title in ("AUC", "LogLoss", "GAUC", "NE", "requests/s", "training s")]
-    table = make_table(content["name"], [titles[index] for index in shown], titles[_num_names(content):])
-    for row in rows:
-        table.add_row(*(f"[bold]{escape(row[index][0])}[/]" if row[index][1] else escape(row[index][0])
-                        for index in shown))
-    make_console().print(table)
+    cells = [[titles[index], *(row[index][0] for row in rows)] for index in shown]
+    console = make_console()
+    # Numbers fold at their spaces, and nothing folds inside a word.
+    least = sum(1 + max(len(word) for text in column for word in text.split()) for column in cells) - 1
+    marked = [[f"[bold]{escape(row[index][0])}[/]" if row[index][1] else escape(row[index][0]) for index in shown]
+              for row in rows]
+    heads = [titles[index] for index in shown]
+    if least <= console.width:
+        table = make_table(content["name"], heads, titles[_num_names(content):])
+        for texts in marked:
+            table.add_row(*texts)
+    else:
+        table = make_table(content["name"], ["", " "])
+        table.show_header = False
+        for texts in marked:
+            for head, text in zip(heads, texts, strict=True):
+                table.add_row(head, text)
+            table.add_row()
+    console.print(table)
 
 
 def text_table(content: Content) -> tuple[list[str], list[list[tuple[str, bool]]]]:

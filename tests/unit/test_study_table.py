@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from longer_rec.report.study_page import csv_table, markdown_table, text_table, write_study
+from longer_rec.report.study_page import csv_table, markdown_table, print_table, text_table, write_study
 from longer_rec.study.scaling import fit_scaling
 from longer_rec.study.table import mean_and_error
 from tests.unit.test_report_html import Page
@@ -53,6 +53,23 @@ def test_the_best_is_marked_within_a_data_set_and_not_without_a_rival():
     assert [cells[titles.index("AUC")][0] for cells in rows] == [
         "0.7000 ± 0.0010", "0.7100 ± 0.0010", "0.6000 ± 0.0010", "–"]
     assert rows[3][titles.index("seeds")][0] == "0 (3 missing)"
+
+
+@pytest.mark.parametrize("axes", [1, 5])
+def test_a_narrow_terminal_loses_no_figure(axes, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ["length", "width_of_rows", "num_queries", "merge_size", "learning_rate"][:axes]
+    rows = [row("d1", "LONGER", 50, 0.7 + number / 100, point={name: f"value{number}{name[:3]}" for name in names})
+            for number in range(3)]
+    wide = content(rows, axes=names)
+    print_table(wide)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    titles, table = text_table(wide)
+    for cells in table:
+        for title, (text, _) in zip(titles, cells, strict=True):
+            if title in ("AUC", "LogLoss", "GAUC", "NE", "requests/s", "training s", *names):
+                assert all(word in printed for word in text.split()), (title, text)
 
 
 def test_csv_holds_every_figure_in_full():
