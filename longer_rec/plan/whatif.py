@@ -216,8 +216,9 @@ def _to_ssd(scenario: Scenario, tables: Sequence[TableConfig], name: str) -> tup
     """These tables on SSD; where there is none, with as many whole TB in each host as hold them all."""
     changed, more = scenario.with_choice(tables, kernels=("key_value",)), ""
     if not scenario.hardware.ssd_bytes:
-        size = -(-sum(table.num_embeddings * table.embedding_dim * FLOAT_BYTES for table in tables) >> _TIB_BITS)
-        changed, more = changed.change(ssd_bytes=-size << _TIB_BITS, ssd_bw=SSD_BW), f"ssd={-size}TB, and "
+        held = sum(table.num_embeddings * table.embedding_dim * FLOAT_BYTES for table in tables)
+        terabytes = -(-held >> _TIB_BITS)  # rounded up
+        changed, more = changed.change(ssd_bytes=terabytes << _TIB_BITS, ssd_bw=SSD_BW), f"ssd={terabytes}TB, and "
     return f"{more}{name} on SSD (key_value, not trained by this package)", changed
 
 
