@@ -29,5 +29,5 @@ def replay_lookups(dataset: Dataset, config: DataConfig, seed: int, num_workers:
 def _looked_up(dataset: Dataset, batch: RequestBatch) -> Iterator[tuple[str, I64]]:
     schema = dataset.schema
     for features, values in ((schema.history_features, batch.history), (schema.item_features, batch.candidates),
-                             (schema.user_features, batch.users)):
+                             (schema.user_features, batch.users), (schema.instance_features, batch.instances)):
         yield from ((feature.table, values[feature.name].numpy()) for feature in features)
