@@ -39,6 +39,8 @@ def attend_all(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, query_leng
     lengths = query_length_B.tolist(), key_length_B.tolist()
     parts = [_attend_one(*each) for each in zip(query_QHE.split(lengths[0]), key_SHE.split(lengths[1]),
                                                 value_SHE.split(lengths[1]), strict=True)]
+    # A rank joins the others' last batch of an evaluation without requests.
+    parts = parts or [_attend_one(query_QHE, key_SHE, value_SHE)]
     return parts[0] if len(parts) == 1 else (torch.cat([output for output, _ in parts]),
                                              torch.cat([log_sum for _, log_sum in parts]))
 

@@ -79,6 +79,13 @@ def test_without_gradients_attention_to_all_keys_is_the_same(which: Sequence[int
         torch.testing.assert_close(right, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_without_requests_has_no_attention() -> None:
+    empty, none = torch.zeros(0, 2, 4), torch.zeros(0, dtype=torch.int64)
+    with torch.no_grad():
+        output, log_sum = attend_all(empty, empty, empty, none, none)
+    assert (output.shape, log_sum.shape) == ((0, 2, 4), (0, 2))
+
+
 def test_nothing_to_attend_at_all() -> None:
     plan = plan_attention(torch.tensor([0, 0]), torch.tensor([0, 3]), 2, causal=False)
     empty, keys = torch.randn(0, 2, 4, requires_grad=True), torch.randn(3, 2, 4, requires_grad=True)
