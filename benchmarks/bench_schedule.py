@@ -1,22 +1,34 @@
-"""Four policies over a sweep of loads and assumptions, and what the simulator itself takes.
+"""Four policies over a sweep of loads, numbers of jobs and assumptions, and what the simulator itself takes.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.bench_schedule
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_schedule --picture benchmarks/results/schedule.png
+
+Prints the tables of benchmarks/results/schedule.md and draws its picture.
 """
 
+import argparse
 import multiprocessing
 import statistics
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
+
 from longer_rec.schedule.command import measure
-from longer_rec.schedule.jobs import Cluster, PolicyName, Workload, draw_jobs
+from longer_rec.schedule.jobs import Cluster, ClusterJob, PolicyName, Workload, draw_jobs
 from longer_rec.schedule.simulate import simulate
 from tests.reference.provenance import provenance
 
 MIXED = Cluster(devices={"v100": 32, "p100": 16, "t4": 16})
 ALIKE = Cluster(devices={"v100": 64})
 POLICIES: tuple[PolicyName, ...] = ("gang", "backfill", "homogeneous", "easyscale")
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, 3, 4)
+LOADS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+NUM_JOBS = (100, 300, 1000, 3000)
+# What the jobs of the paper's simulator ask for, of a cluster of 32, 16 and 16: up to half of it, and one type by name.
+PAPER_SIZES = {4: 0.02, 8: 0.15, 16: 0.25, 32: 0.58}
 
 
 def draw(cluster: Cluster, seed: int, **settings: Any) -> Workload:
@@ -24,39 +36,100 @@ def draw(cluster: Cluster, seed: int, **settings: Any) -> Workload:
     return Workload(**{"num_jobs": 300, "load": 0.9, "speeds": speeds, "seed": seed, **settings})
 
 
-def means(arguments: tuple[Cluster, Workload, float]) -> list[tuple[float, float]]:
-    """(mean hours, part of the devices held) of each policy."""
-    cluster, workload, pause_s = arguments
+def named(jobs: Sequence[ClusterJob], cluster: Cluster, seed: int) -> list[ClusterJob]:
+    """The jobs as users submit them who name a type, each as often as it is in the cluster."""
+    random, types = np.random.default_rng(seed), list(cluster.devices)
+    parts = np.array(list(cluster.devices.values())) / sum(cluster.devices.values())
+    return [job.model_copy(update={"rates": {name: job.rates[name]}})
+            for job, name in zip(jobs, random.choice(types, len(jobs), p=parts), strict=True)]
+
+
+def serial_mean_s(jobs: Sequence[ClusterJob], pause_s: float) -> float:
+    """Mean time from arrival to end where one job runs at a time, on W devices of its fastest type."""
+    now, spans = 0.0, []
+    for job in jobs:
+        now = max(now, job.arrival_s) + pause_s + job.mini_batches / (job.num_workers * max(job.rates.values()))
+        spans.append(now - job.arrival_s)
+    return statistics.mean(spans)
+
+
+def means(arguments: tuple[Cluster, Workload, float, bool, Sequence[PolicyName]]) -> list[tuple[float, float]]:
+    """(mean hours, part of the devices held) of each policy, then of one job at a time."""
+    cluster, workload, pause_s, names, policies = arguments
     jobs = sorted(draw_jobs(workload, cluster), key=lambda job: job.arrival_s)
-    found = [measure(simulate(cluster, jobs, policy, pause_s, 60.0)) for policy in POLICIES]
-    return [(each["mean_s"] / 3600, each["held"]) for each in found]
+    asked = named(jobs, cluster, workload.seed) if names else jobs
+    found = [measure(simulate(cluster, asked if policy in ("gang", "backfill") else jobs, policy, pause_s, 60.0))
+             for policy in policies]
+    return [*((each["mean_s"] / 3600, each["held"]) for each in found), (serial_mean_s(jobs, pause_s) / 3600, 0.0)]
 
 
-def row(title: str, cluster: Cluster, pause_s: float = 10.0, **settings: Any) -> None:
+def over_seeds(cluster: Cluster, pause_s: float = 10.0, names: bool = False,
+               policies: Sequence[PolicyName] = POLICIES, **settings: Any) -> list[list[tuple[float, float]]]:
+    with multiprocessing.Pool(2) as pool:
+        return pool.map(means, [(cluster, draw(cluster, seed, **settings), pause_s, names, policies)
+                                for seed in SEEDS], chunksize=1)
+
+
+def row(title: str, cluster: Cluster, pause_s: float = 10.0, names: bool = False, **settings: Any) -> None:
     """Medians over the seeds, and the range of gang scheduling's mean over EasyScale's."""
-    with multiprocessing.Pool(len(SEEDS)) as pool:
-        found = pool.map(means, [(cluster, draw(cluster, seed, **settings), pause_s) for seed in SEEDS])
+    found = over_seeds(cluster, pause_s, names, **settings)
     hours = [statistics.median(each[i][0] for each in found) for i in range(len(POLICIES))]
     held = [statistics.median(each[i][1] for each in found) for i in (0, 3)]
     ratios = [sorted(each[0][0] / each[i][0] for each in found) for i in (2, 3)]
+    serial = statistics.median(each[4][0] / each[3][0] for each in found)
     print(f"| {title} | " + " | ".join(f"{each:.1f}" for each in hours)
           + "".join(f" | {each[len(each) // 2]:.1f}" for each in ratios)
-          + f" | {ratios[1][0]:.1f} to {ratios[1][-1]:.1f} | {held[0]:.0%} / {held[1]:.0%} |", flush=True)
+          + f" | {ratios[1][0]:.1f} to {ratios[1][-1]:.1f} | {serial:.0f} | {held[0]:.0%} / {held[1]:.0%} |", flush=True)
+
+
+def sweep(kind: str) -> dict[int, list[list[float]]]:
+    """By number of jobs, for each load: gang scheduling's mean over EasyScale's, sorted over the seeds."""
+    print(f"\n| {kind}: jobs | " + " | ".join(f"load {load}" for load in LOADS) + " |\n" + (len(LOADS) + 1) * "|---" + "|")
+    swept = {}
+    for num_jobs in NUM_JOBS:
+        swept[num_jobs] = [sorted(gang[0] / easyscale[0] for gang, easyscale, _ in over_seeds(
+            MIXED, policies=("gang", "easyscale"), kind=kind, load=load, num_jobs=num_jobs)) for load in LOADS]
+        cells = [f"{each[len(each) // 2]:.1f} ({each[0]:.1f} to {each[-1]:.1f})" for each in swept[num_jobs]]
+        print(f"| {num_jobs:,} | " + " | ".join(cells) + " |", flush=True)
+    return swept
+
+
+def picture(path: Path, swept: dict[str, dict[int, list[list[float]]]]) -> None:
+    figure, axes = plt.subplots(1, len(swept), figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axis, (kind, rows) in zip(axes, swept.items(), strict=True):
+        for number, (num_jobs, ratios) in enumerate(rows.items()):
+            axis.plot(LOADS, [each[len(each) // 2] for each in ratios], f"C{number}o-", label=f"{num_jobs:,} jobs")
+            axis.fill_between(LOADS, [each[0] for each in ratios], [each[-1] for each in ratios], color=f"C{number}",
+                              alpha=0.15, linewidth=0)
+        axis.axhline(5, color="0.6", linestyle=":")
+        axis.set(title=kind, xlabel="load", yscale="log", yticks=[1, 2, 3, 5, 10, 15])
+        axis.set_yticks([1, 2, 3, 5, 10, 15], ["1", "2", "3", "5", "10", "15"])
+        axis.minorticks_off()
+    axes[0].set_ylabel("mean time, gang / EasyScale")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def head(title: str) -> None:
     print(f"\n| {title} | gang h | backfill h | homogeneous h | easyscale h | gang / homogeneous | gang / easyscale | "
-          "its range | devices held, gang / easyscale |\n" + 9 * "|---" + "|")
+          "its range | one at a time / easyscale | devices held, gang / easyscale |\n" + 10 * "|---" + "|")
 
 
 def main() -> None:
-    for num_jobs, loads in ((300, (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5)), (1000, (0.5, 0.7, 0.9, 1.1))):
-        head(f"load, {num_jobs:,} jobs")
-        for kind in ("poisson", "trace"):
-            for load in loads:
-                row(f"{kind} {load}", MIXED, kind=kind, load=load, num_jobs=num_jobs)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--picture", type=Path, required=True)
+    arguments = parser.parse_args()
+    swept = {kind: sweep(kind) for kind in ("poisson", "trace")}
+    picture(arguments.picture, swept)
+    head("load, 1,000 jobs")
+    for kind in ("poisson", "trace"):
+        for load in (0.5, 0.7, 0.9, 1.1):
+            row(f"{kind} {load}", MIXED, kind=kind, load=load, num_jobs=1000)
     head("trace, 300 jobs, load 0.9, one assumption changed")
     row("none", MIXED, kind="trace")
+    row("gang jobs wait for a type they name", MIXED, names=True, kind="trace")
+    row("the paper's sizes", MIXED, kind="trace", sizes=PAPER_SIZES)
+    row("the paper's sizes, and a type they name", MIXED, names=True, kind="trace", sizes=PAPER_SIZES)
     row("64 devices alike", ALIKE, kind="trace")
     row("all of W = 1", MIXED, kind="trace", sizes={1: 1.0})
     row("W = 4, 8, 16", MIXED, kind="trace", sizes={4: 0.4, 8: 0.3, 16: 0.3})

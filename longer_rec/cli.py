@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from longer_rec.errors import CheckpointError, ConfigError, LongerRecError
+from longer_rec.runtime.kernels import choose_portable_kernels
 from longer_rec.runtime.preemption import end_on_stop
 
 if TYPE_CHECKING:
@@ -62,15 +63,32 @@ def launch(
 
     job = _load_job(config, overrides)
     import longer_rec.train.run  # noqa: F401 - once, here: the ranks and all that follow them are forked
+    from longer_rec.train.resize import ResizeRequests
 
-    raise typer.Exit(supervise(lambda: _train(job), nproc, max_restarts))
+    raise typer.Exit(supervise(lambda: _train(job), nproc, max_restarts, resizes=ResizeRequests(job)))
+
+
+@app.command()
+def resize(
+    run_dir: Annotated[Path, typer.Argument(help="run directory")],
+    nproc: Annotated[int, typer.Option(help="processes to go on with, at most elastic.num_workers")],
+) -> None:
+    """Have a run under `longer-rec launch` go on with more or fewer processes; waits until it does."""
+    from longer_rec.train.resize import resize_run
+
+    typer.echo(resize_run(run_dir, nproc))
 
 
 def _load_job(config: Path, overrides: list[str] | None) -> "Job":
-    from longer_rec.config import load_config
+    from longer_rec.config import apply_overrides, build_config, read_yaml
+
+    content = apply_overrides(read_yaml(config), overrides or ())
+    elastic = content.get("elastic")
+    if isinstance(elastic, dict) and elastic.get("level") == "D2":
+        choose_portable_kernels()  # torch, which the next import brings, reads them once
     from longer_rec.job import Job
 
-    return load_config(Job, config, overrides or ())
+    return build_config(Job, content, str(config))
 
 
 def _train(job: "Job") -> None:

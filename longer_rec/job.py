@@ -88,10 +88,13 @@ class Job(Config):
         return self.data.batch_requests * (self.elastic.num_workers or num_processes)
 
     @pydantic.model_validator(mode="after")
-    def _check_baselines(self) -> Self:
+    def _check(self) -> Self:
         for name in self.baselines:
             if not name.isidentifier():
                 raise ValueError(f"baselines: {name!r} becomes a directory; use letters, digits and underscores")
+        if self.elastic.is_portable and self.train.precision != "fp32":
+            raise ValueError(f"train.precision={self.train.precision} with elastic.level=D2: only fp32 was found equal on "
+                             "unlike processors; use fp32, or D1")
         return self
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import multiprocessing.process
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -168,12 +169,12 @@ def in_background(make: Callable[[int], list[RequestBatch]], indices: Sequence[i
         generator=torch.Generator())  # its own: the trainer's random state must not depend on how data is loaded
     others = multiprocessing.active_children()
     batches = iter(loader)
-    helpers = [process for process in multiprocessing.active_children() if process not in others]
+    # They take no SIGTERM, with which torch would end those that are left over, and Python waits for them at its end.
+    weakref.finalize(batches, _kill, [each for each in multiprocessing.active_children() if each not in others])
     while True:
         try:
             packed = _call_within(config.timeout_s, lambda: next(batches, None))
         except TimeoutError:
-            _kill(helpers)  # a stopped one would keep this process from ending
             raise RankLost(f"no batch came from its loading process within data.timeout_s={config.timeout_s:g}: the "
                            f"storage under {config.dir} does not answer, or the process is stopped; start again to "
                            "continue from the last checkpoint, or raise it") from None

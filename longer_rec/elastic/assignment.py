@@ -1,7 +1,7 @@
 """Which process hosts which logical workers (EasyScale, section 3: logical workers are fixed, processes are not)."""
 
 from itertools import accumulate, pairwise
-from typing import Self
+from typing import Literal, Self
 
 import pydantic
 
@@ -14,11 +14,13 @@ class ElasticConfig(Config):
 
     ``strict`` refuses what would make the result depend on the number of processes; None: when num_workers is set.
     ``shares`` is how many of the W each process hosts, in the order of ranks: more for those on faster devices.
+    ``level`` D1 is exact between processors of one model, D2 between all with AVX2 and FMA, and slower.
     """
 
     num_workers: int | None = pydantic.Field(None, ge=1, description="None: as many as there are processes")
     shares: tuple[int, ...] | None = pydantic.Field(None, description="None: as equal as can be")
     strict: bool | None = None
+    level: Literal["D1", "D2"] = "D1"
     digest_every: int = pydantic.Field(0, ge=0, description="steps between digests of every tensor; 0: none")
 
     @pydantic.model_validator(mode="after")
@@ -28,7 +30,14 @@ class ElasticConfig(Config):
         if self.shares is not None and sum(self.shares) != self.num_workers:
             raise ValueError(f"shares={list(self.shares)} add up to {sum(self.shares)}, not to num_workers="
                              f"{self.num_workers}; change one of them")
+        if self.is_portable and not self.is_strict:
+            raise ValueError("level=D2 is a promise that strict=false takes back, or a missing num_workers; set "
+                             "num_workers and leave strict out, or use D1")
         return self
+
+    @property
+    def is_portable(self) -> bool:
+        return self.level == "D2"
 
     @property
     def is_strict(self) -> bool:

@@ -46,7 +46,7 @@ def write_report(run_dir: Path) -> Path:
     analyses = [(each.name, each.analysis) for each in (files, *_baselines(files)) if each.analysis]
     write_page(path, "report.html.j2", head=headline(files), results=results_table(files.results), curves=curves(files),
                quality=quality(analyses), attention=attention(files.analysis), directory=run_dir,
-               speed=speed(files), data=data(files), plan=plan(files), machine=environment(files),
+               speed=speed(files), continued=continued(files), data=data(files), plan=plan(files), machine=environment(files),
                config=highlight_yaml(files.config_text) if files.config_text else None)
     return path
 
@@ -142,6 +142,19 @@ def speed(files: RunFiles) -> Section | None:
         "parts": [{"name": name, "share": value / total, "ms": f"{1000 * value / num_steps:.1f}"}
                   for name, value in seconds.items() if value >= 0.0005 * total] if total else [],
     }
+
+
+def continued(files: RunFiles) -> Section | None:
+    """Each start that went on where another had saved, and what was refused; None for a run that nothing happened to."""
+    rows = []
+    for event in files.events:
+        if event["event"] == "continued":
+            what = f"{event['from']} → {event['to']}" if event["from"] != event["to"] else str(event["to"])
+            rows.append([format_count(event["step"]), what, format_duration(event["pause_s"]), event["time"]])
+        else:
+            rows.append(["", f"→ {event['to']}", f"refused: {event['why']}", event["time"]])
+    head = [("After step", True), ("Processes", True), ("Pause", True), ("Time (UTC)", False)]
+    return {"head": head, "rows": rows} if rows else None
 
 
 def data(files: RunFiles) -> Section | None:

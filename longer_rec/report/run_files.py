@@ -77,7 +77,8 @@ class Analysis(pydantic.BaseModel):
 class RunFiles:
     """What the trainer wrote; None or empty where a file is not there (yet).
 
-    ``lines`` are those of ``metrics.jsonl``, in the order written; ``results`` holds one row a model.
+    ``lines`` and ``events`` are those of ``metrics.jsonl`` and ``events.jsonl``, in the order written; ``results``
+    holds one row a model.
     """
 
     directory: Path
@@ -87,6 +88,7 @@ class RunFiles:
     plan: dict[str, Any]
     results: list[dict[str, Any]]
     lines: list[Line]
+    events: list[Line]
     analysis: Analysis | None
 
     @property
@@ -106,7 +108,8 @@ def read_run_files(directory: Path) -> RunFiles:
         run=_read_mapping(directory / "run.json", json.loads),
         plan=_read_mapping(directory / "plan.json", json.loads),
         results=_read_results(directory / "results.json"),
-        lines=_read_metrics(directory / "metrics.jsonl"),
+        lines=_read_lines(directory / "metrics.jsonl", {"step": int, "split": str}),
+        events=_read_lines(directory / "events.jsonl", {"event": str, "time": str}),
         analysis=_read_analysis(directory),
     )
     if not any((files.config, files.run, files.plan, files.results, files.lines, files.analysis)):
@@ -159,18 +162,18 @@ def _read_analysis(directory: Path) -> Analysis | None:
                         f"`longer-rec eval {directory}`, or remove it") from None
 
 
-def _read_metrics(path: Path) -> list[Line]:
-    """Lines in the order written; a line cut short by a crash is as damaged as any other."""
+def _read_lines(path: Path, keys: dict[str, type]) -> list[Line]:
+    """Objects with these keys, in the order written; a line cut short by a crash is as damaged as any other."""
     text = _read_text(path) or ""
     lines = []
     for number, raw in enumerate(text.splitlines(), start=1):
         try:
             line = json.loads(raw)
-            known = isinstance(line, dict) and isinstance(line["step"], int) and isinstance(line["split"], str)
+            known = isinstance(line, dict) and all(isinstance(line[key], kind) for key, kind in keys.items())
         except (ValueError, KeyError):
             known = False
         if not known:
-            raise DataError(f"{path} line {number} is damaged: {raw[:60]!r} is no JSON object with a step and a split; "
-                            "remove that line")
+            raise DataError(f"{path} line {number} is damaged: {raw[:60]!r} is no JSON object with "
+                            f"{' and '.join(map(repr, keys))}; remove that line")
         lines.append(line)
     return lines

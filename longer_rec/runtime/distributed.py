@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from longer_rec.errors import ConfigError, LongerRecError, RankLost
+from longer_rec.runtime.preemption import is_supervised
 from longer_rec.runtime.roll_call import RollCall
 from longer_rec.runtime.supervisor import die_with_parent
 
@@ -89,8 +90,8 @@ def _own_device(local_rank: int) -> torch.device:
 def _rendezvous(size: int, timeout: datetime.timedelta) -> dist.Store:
     """Where the ranks find each other: a file of the supervisor, else what MASTER_ADDR says, else nobody to find."""
     store: dist.Store
-    if path := os.environ.get("LONGER_REC_RENDEZVOUS"):
-        store = dist.FileStore(path, size)
+    if is_supervised():
+        store = dist.FileStore(os.environ["LONGER_REC_FOLDER"] + "/rendezvous", size)
     elif "MASTER_ADDR" in os.environ:
         store = next(dist.rendezvous("env://", timeout=timeout))[0]
     elif size == 1:

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - nothing is written there
+from longer_rec.errors import ConfigError
+from longer_rec.runtime.kernels import KERNEL_SETTINGS, PORTABLE_KERNELS, wrong_kernels
 
-# The environment variables by which MKL, oneDNN and FBGEMM are told to work as on another processor.
-KERNEL_SETTINGS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA",
-                   "FBGEMM_ENABLE_INSTRUCTIONS", "FBGEMM_NO_ASMJIT")
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - nothing is written there
 
 
 def num_cores() -> int:
@@ -75,12 +74,14 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def numerics(device: torch.device) -> dict[str, Any]:
+def numerics(device: torch.device, portable: bool = False) -> dict[str, Any]:
     """What the bits of a computation depend on beside its inputs: kernels, and how many threads share them.
 
-    Libraries choose kernels by the processor's maker and model too, and some let the environment choose.
+    Libraries choose kernels by the processor's maker and model too, unless the environment has chosen ``portable`` ones.
     """
     kind = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    if portable:
+        return {**kind, "processor": "any with AVX2 and FMA", "kernels": "portable"}
     if device.type == "cuda":
         return {**kind, "processor": torch.cuda.get_device_name(device)}
     models = (line.partition(":")[2].strip() for line in _read(Path("/proc/cpuinfo")).splitlines()
@@ -88,6 +89,18 @@ def numerics(device: torch.device) -> dict[str, Any]:
     model = next(models, platform.machine())
     chosen = " ".join(f"{name}={os.environ[name]}" for name in KERNEL_SETTINGS if name in os.environ)
     return {**kind, "processor": f"{model} ({torch.backends.cpu.get_cpu_capability()})", "kernels": chosen or "default"}
+
+
+def check_portable_kernels(device: torch.device) -> None:
+    """``ConfigError`` unless this process computes what every other processor with AVX2 and FMA does."""
+    if device.type != "cpu":
+        raise ConfigError(f"elastic.level=D2 is for CPUs, this is a {torch.cuda.get_device_name(device)}; use D1")
+    if any(os.environ.get(name) != value for name, value in PORTABLE_KERNELS.items()):
+        raise wrong_kernels()
+    # Says what torch has chosen at its import: before that the environment was another, or the processor has no AVX2.
+    if (chosen := torch.backends.cpu.get_cpu_capability()) != "AVX2":
+        raise ConfigError(f"elastic.level=D2 needs torch's AVX2 kernels, this process has {chosen}; use "
+                          "`longer-rec launch` or `train`, on a processor with AVX2 and FMA")
 
 
 def _read(path: Path) -> str:

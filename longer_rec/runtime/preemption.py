@@ -1,11 +1,16 @@
-"""Being told to stop: SIGTERM or SIGUSR1 of a scheduler, a launcher or a person."""
+"""Being told to stop: SIGTERM or SIGUSR1 of a scheduler, a launcher or a person. And to wait for one's turn."""
 
+import os
 import signal
+import time
+from pathlib import Path
 from typing import NoReturn, Self
 
 from longer_rec.errors import Preempted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Files of a supervisor's folder: a rank is about to train; its ranks may.
+READY, TURN = "ready-", "turn"
 
 
 def end_on_stop() -> None:
@@ -48,3 +53,23 @@ def leave_stopping_to_parent() -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def is_supervised() -> bool:
+    """Whether the parent of this process is a supervisor, which can start others in its place."""
+    return "LONGER_REC_FOLDER" in os.environ
+
+
+def await_turn(stop: StopSignal) -> None:
+    """In a rank that is started while those before it still run: return when these have ended.
+
+    What it has done until here costs the run no time; from here on it may take devices, memory and the run directory.
+    """
+    if not is_supervised():
+        return
+    folder = Path(os.environ["LONGER_REC_FOLDER"])
+    (folder / f"{READY}{os.environ['RANK']}").touch()
+    while not (folder / TURN).exists():
+        if stop.received:
+            raise Preempted("told to stop before its turn; start again")
+        time.sleep(0.005)

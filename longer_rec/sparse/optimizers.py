@@ -79,10 +79,11 @@ class RankerOptimizer:
 
     A step: ``set_lr_factor`` (before the backward that uses it), the backward passes, ``step``, ``zero_grad``.
     ``tower`` holds what the caller must have reduced over ranks before ``step``; replicated tables TorchRec reduces
-    itself.
+    itself. ``fused_dense`` takes AdamW's root with torch's own kernel, where MKL's depends on the processor.
     """
 
-    def __init__(self, model: DistributedModelParallel, sparse: SparseConfig, dense: DenseOptimizerConfig) -> None:
+    def __init__(self, model: DistributedModelParallel, sparse: SparseConfig, dense: DenseOptimizerConfig,
+                 fused_dense: bool = False) -> None:
         self._fused = model.fused_optimizer
         parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
         replicated = {name: value for name, value in parameters.items() if ".embedding_bags." in f".{name}"}
@@ -92,7 +93,8 @@ class RankerOptimizer:
         if self.tower:
             self._parts.append((KeyedOptimizerWrapper(
                 self.tower, lambda named: torch.optim.AdamW(decay_groups(named, dense.weight_decay), lr=dense.lr,
-                                                            betas=dense.betas, eps=dense.eps),
+                                                            betas=dense.betas, eps=dense.eps,
+                                                            fused=fused_dense or None),
                 pass_params_dict=True), dense.lr))
         self._replicated = replicated
         if replicated:

@@ -1,5 +1,6 @@
 """What a run writes down while it goes: metrics.jsonl and TensorBoard, on rank 0."""
 
+import datetime
 import json
 import math
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from longer_rec.train.run_dir import write_atomically, writing
 
 Value = float | int | str | None
 _METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
 
 
 class RunLog:
@@ -41,6 +43,12 @@ class RunLog:
         with writing(self._directory), (self._directory / DIGESTS).open("a", encoding="utf-8", buffering=1) as file:
             file.write(json.dumps({"step": step, "digests": digests}) + "\n")
 
+    def write_continued(self, step: int, num_before: int, num_ranks: int, pause_s: float) -> None:
+        """A start goes on after ``step`` with ``num_ranks`` processes; nothing was trained for ``pause_s``."""
+        append_event(self._directory, "continued", step=step, pause_s=pause_s, **{"from": num_before, "to": num_ranks})
+        self._board.add_scalar("continued/processes", num_ranks, step)
+        self._board.add_scalar("continued/pause_s", pause_s, step)
+
     def __enter__(self) -> Self:
         return self
 
@@ -48,6 +56,13 @@ class RunLog:
         with writing(self._directory):
             self._file.close()
         self._board.close()
+
+
+def append_event(directory: Path, event: str, **values: Value) -> None:
+    """Add a line to ``events.jsonl``: what happened to the run, which its metrics do not show and nothing takes back."""
+    line = {"event": event, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **values}
+    with writing(directory), (directory / EVENTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def rewind_logs(directory: Path, step: int) -> None:

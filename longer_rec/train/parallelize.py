@@ -16,6 +16,7 @@ from longer_rec.errors import ConfigError
 from longer_rec.job import Job, build_ranker, expect_hits, row_fetches, row_lookups
 from longer_rec.ranker import Ranker
 from longer_rec.runtime.distributed import World, on_main
+from longer_rec.runtime.machine import check_portable_kernels
 from longer_rec.sparse.init import initialize_tables
 from longer_rec.sparse.optimizers import RankerOptimizer
 from longer_rec.sparse.planfile import SparsePlan
@@ -62,7 +63,7 @@ def parallelize(job: Job, dataset: Dataset, world: World) -> ParallelRanker:
     # 4. Rows filled by (seed, table, row), whatever shard they are in.
     initialize_tables(model, job.seed, job.sparse)
     # 5. AdamW for the tower beside the fused update of the tables.
-    return ParallelRanker(model, RankerOptimizer(model, job.sparse, job.dense), plan)
+    return ParallelRanker(model, RankerOptimizer(model, job.sparse, job.dense, job.elastic.is_portable), plan)
 
 
 def check_job(job: Job, dataset: Dataset, world: World) -> None:
@@ -71,6 +72,8 @@ def check_job(job: Job, dataset: Dataset, world: World) -> None:
     Everything is built on the meta device: no memory is taken, nothing is written.
     """
     try:
+        if job.elastic.is_portable:
+            check_portable_kernels(world.device)
         with torch.device("meta"):
             ranker = build_ranker(job, dataset.schema, torch.device("meta"))
         on_main(lambda: plan_tables(ranker, job, dataset, world))

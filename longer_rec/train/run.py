@@ -19,7 +19,7 @@ from longer_rec.runtime.determinism import make_deterministic
 from longer_rec.runtime.distributed import World, joined_world, on_all, on_main
 from longer_rec.runtime.logging import quiet_libraries
 from longer_rec.runtime.memory import keep_freed_memory
-from longer_rec.runtime.preemption import StopSignal
+from longer_rec.runtime.preemption import StopSignal, await_turn
 from longer_rec.sparse.planfile import save_plan
 from longer_rec.train.analysis import analyse_scores
 from longer_rec.train.evaluate import metrics_of
@@ -44,6 +44,7 @@ def train(job: Job) -> list[Row] | None:
         jobs = [(each, on_all(partial(add_instances, each, plain))) for each in (job, *baseline_jobs(job).values())]
         for each, dataset in jobs:
             check_job(each, dataset, world)
+        await_turn(stop)
         rows = [_train_one(each, dataset, world, stop, show_plan=each is job) for each, dataset in jobs]
         if not world.is_main:
             return None
@@ -64,7 +65,8 @@ def _train_one(job: Job, dataset: Dataset, world: World, stop: StopSignal, show_
         with writing(job.run_dir):
             save_plan(trainer.parallel.plan, job.run_dir / "plan.json")
         if trainer.step:
-            print(f"{job.name}: continues from step {trainer.step:,} of {trainer.num_steps:,}", flush=True)
+            print(f"{job.name}: continues from step {trainer.step:,} of {trainer.num_steps:,} on {world.size} "
+                  f"rank{'s' * (world.size > 1)}", flush=True)
     with RunLog(job.run_dir, trainer.step) if world.is_main else nullcontext() as log:
         trainer.fit(checkpoints, log)
         metrics = _test(trainer)

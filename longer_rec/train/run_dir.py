@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from longer_rec.data.history import Dataset
 from longer_rec.errors import CheckpointError
 from longer_rec.job import Job, changed_keys
 from longer_rec.runtime.machine import installed_version, machine_facts
+from longer_rec.runtime.preemption import is_supervised
 
 _LOCK = "lock"
 _locks: list[TextIO] = []
@@ -50,7 +52,8 @@ def open_run_dir(job: Job, dataset: Dataset, num_workers: int) -> None:
                 write_atomically(directory / "run.json", json.dumps(run, indent=2))
                 write_atomically(directory / "config.yaml", config)
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
+            launch = f" (launch {os.getppid()})" if is_supervised() else ""
+            lock.write(f"process {os.getpid()}{launch} on {socket.gethostname()} since {_now()}\n")
             lock.flush()
     except OSError as error:
         if is_new:
@@ -100,6 +103,15 @@ def _locked(directory: Path) -> Iterator[TextIO]:
         file.close()
         raise
     _locks.append(file)
+
+
+def holder_of(directory: Path) -> str | None:
+    """Who trains in a run directory, as `open_run_dir` writes it down; None when nobody does."""
+    with (directory / _LOCK).open(encoding="utf-8") as file:
+        # Asked for and not tried: a lock of ours, however short, would turn away who is about to train.
+        asked = struct.pack("@hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, *_ = struct.unpack("@hhqqi0q", fcntl.fcntl(file, fcntl.F_GETLK, asked))
+        return None if kind == fcntl.F_UNLCK else file.read().strip()
 
 
 def _check_same_run(job: Job, dataset: Dataset, num_workers: int) -> None:

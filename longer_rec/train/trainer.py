@@ -1,5 +1,6 @@
 """The training loop: one synchronous step updates dense and sparse parameters together."""
 
+import datetime
 import logging
 import math
 from collections.abc import Mapping
@@ -79,6 +80,7 @@ class Trainer:
         self.always_strict = job.elastic.is_strict
         self.elapsed_s = 0.0
         self._tallied = (0, 0, 0)
+        self._saved: Mapping[str, Any] | None = None  # of the checkpoint that this start continues
 
     @property
     def num_steps(self) -> int:
@@ -157,10 +159,12 @@ class Trainer:
                 for batches in loader:
                     self.clock.add("time_data_s", loader.wait_s)
                     self._fit_step(batches, checkpoints, log, progress)
+                    self._note_pause(log)
         except LongerRecError:
             checkpoints.wait()  # not after an error of the process group: a lost rank's part would never come
             raise
         checkpoints.wait()
+        self._note_pause(log)
         self.elapsed_s += self.clock.take()[1]
 
     def _fit_step(self, batches: list[RequestBatch], checkpoints: CheckpointManager, log: RunLog | None,
@@ -183,15 +187,22 @@ class Trainer:
         if result.num_stopping:
             raise Preempted(f"told to stop; step {self.step:,} of {self.num_steps:,} is saved, start again to continue")
 
+    def _note_pause(self, log: RunLog | None) -> None:
+        """After the first step of a start that continues, or when it has none left: seconds since the step saved."""
+        if log is not None and self._saved is not None:
+            passed = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(self._saved["saved"])
+            log.write_continued(self._saved["step"], self._saved["world_size"], self.world.size, passed.total_seconds())
+        self._saved = None
+
     def save(self, checkpoints: CheckpointManager) -> None:
         """Save weights, optimizer state and the position in the data while training goes on; a collective call."""
         with self.clock.part("time_save_s"):
             checkpoints.save_async(self.step, self.parallel.state_dict(), {
                 "step": self.step, "samples": self.step * self.num_workers * self.job.data.batch_requests,
-                "elapsed_s": self.elapsed_s, "bad_steps": self.bad_steps, "skipped_steps": self.skipped_steps,
+                "elapsed_s": self.elapsed_s, "saved": datetime.datetime.now(datetime.UTC).isoformat(), "bad_steps": self.bad_steps, "skipped_steps": self.skipped_steps,
                 "num_workers": self.num_workers, "world_size": self.world.size, "name": self.job.name,
                 "always_strict": self.always_strict,
-                "data_fingerprint": self.dataset.fingerprint, "numerics": numerics(self.world.device)})
+                "data_fingerprint": self.dataset.fingerprint, "numerics": numerics(self.world.device, self.job.elastic.is_portable)})
 
     def restore(self, checkpoints: CheckpointManager) -> bool:
         """Continue from the newest complete checkpoint, if there is one; a collective call."""
@@ -208,11 +219,12 @@ class Trainer:
                                   "without it; set elastic.strict=false, or start anew in another run_dir")
         self.always_strict = self.always_strict and extra["always_strict"]
         self.step, self.elapsed_s = extra["step"], extra["elapsed_s"]
+        self._saved = extra
         self.bad_steps, self.skipped_steps = extra["bad_steps"], extra["skipped_steps"]
         return True
 
     def _check_numerics(self, saved: Mapping[str, object]) -> None:
-        here = numerics(self.world.device)
+        here = numerics(self.world.device, self.job.elastic.is_portable)
         changed = "; ".join(f"{name} was {saved.get(name)}, is {value}" for name, value in here.items()
                             if saved.get(name) != value)
         if changed and self.job.elastic.is_strict:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from longer_rec.errors import ConfigError, DataError, Preempted, RankLost
+from longer_rec.runtime.preemption import StopSignal, await_turn
 from longer_rec.runtime.supervisor import die_with_parent, supervise
 from tests.reference.processes import Forked, fork, gone, until
 
@@ -224,6 +225,89 @@ def test_a_process_whose_parent_is_gone_already_ends(tmp_path: Path) -> None:
 
     with fork(orphan, tmp_path) as process:
         assert process.wait() == -signal.SIGTERM
+
+
+class Wish:
+    """The number of ranks in a file; what is refused goes into another one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._refused = folder / "wanted", folder / "refused"
+
+    def wanted(self, num_ranks: int) -> int | None:
+        size = int(self._path.read_text()) if self._path.exists() else num_ranks
+        return size if size != num_ranks else None
+
+    def refuse(self, num_ranks: int, why: str) -> None:
+        self._refused.write_text(f"{num_ranks}: {why}")
+        self._path.unlink()
+
+
+def work(before_its_turn: Target = lambda: None) -> Target:
+    """Start 0 goes on until it is told to stop, later ones are done at once; each says when it begins and ends."""
+    def target() -> None:
+        with StopSignal() as stop:
+            if attempt():
+                before_its_turn()
+            await_turn(stop)
+            print(f"{attempt()} begins", flush=True)
+            while attempt() == 0 and not stop.received:
+                time.sleep(0.01)
+            print(f"{attempt()} ends", flush=True)
+            if attempt() == 0:
+                raise Preempted("saved")
+
+    return target
+
+
+def resizing(folder: Path, target: Target, ranks: int) -> Forked:
+    process = fork(lambda: supervise(target, ranks, 0, stopped_grace_s=0.3, resizes=Wish(folder)), folder)
+    until(lambda: process.out.count("0 begins") == ranks, 20, process)
+    return process
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1)])
+def test_another_number_of_ranks_takes_over_when_all_before_them_have_ended(tmp_path: Path, before: int,
+                                                                            after: int) -> None:
+    with resizing(tmp_path, work(), before) as process:
+        (tmp_path / "wanted").write_text(str(after))
+        assert (process.wait(20), process.err) == (0, "")
+    ended, begun = process.out.splitlines().index("1 begins"), process.out.splitlines()[:before * 2]
+    assert ended == before * 2
+    assert begun.count("0 ends") == before
+    assert process.out.count("1 ends") == after
+
+
+@pytest.mark.parametrize("how", ["raises", "is killed", "is stopped"])
+def test_ranks_that_fail_before_their_turn_are_refused_and_those_before_go_on(tmp_path: Path, how: str) -> None:
+    def fail() -> None:
+        if rank() == 1:
+            if how == "raises":
+                raise ConfigError("local rank 1 has no GPU")
+            os.kill(os.getpid(), signal.SIGKILL if how == "is killed" else signal.SIGSTOP)
+
+    with resizing(tmp_path, work(fail), 3) as process:
+        family = process.family()
+        (tmp_path / "wanted").write_text("2")
+        until((tmp_path / "refused").exists, 20, process)
+        assert [each for each in process.family() if each not in family] == []
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(20) == 3
+    assert (tmp_path / "refused").read_text() == {
+        "raises": "2: local rank 1 has no GPU", "is killed": "2: rank 1 of 2 was killed by SIGKILL",
+        "is stopped": "2: rank 1 of 2 was stopped and did not continue within 0.3 s"}[how]
+    assert process.err == "longer-rec: saved\n"
+
+
+def test_a_wish_that_changes_and_a_signal_to_stop_end_the_ranks_that_wait(tmp_path: Path) -> None:
+    with resizing(tmp_path, work(lambda: time.sleep(60)), 1) as process:
+        for size in (3, 2):
+            (tmp_path / "wanted").write_text(str(size))
+            until(lambda size=size: len(process.family()) == 1 + size, 20, process)  # type: ignore[misc]
+        family = process.family()
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(20) == 3
+        until(lambda: gone(family), 5, process)
+    assert process.err == "longer-rec: saved\n"
 
 
 @pytest.mark.parametrize(("ranks", "restarts"), [(0, 3), (2, -1)])

@@ -18,6 +18,7 @@ from longer_rec.config import load_config
 from longer_rec.data.loader import TrainLoader
 from longer_rec.job import Job
 from longer_rec.runtime.supervisor import supervise
+from longer_rec.train.resize import ResizeRequests
 from longer_rec.train.run import train
 from tests.integration.conftest import CONFIG
 from tests.reference.processes import Forked, fork
@@ -160,13 +161,19 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 
 
 def launch_run(run_dir: Path, data: Path, *overrides: str, faults: Faults | None = None, ranks: int = 2,
-               max_restarts: int = 3, stopped_grace_s: float = 1.0) -> Forked:
-    """What `longer-rec launch` does with ``configs/synthetic_debug.yaml``, with faults planned in its ranks."""
+               max_restarts: int = 3, stopped_grace_s: float = 1.0, begin: Callable[[], None] | None = None) -> Forked:
+    """What `longer-rec launch` does with ``configs/synthetic_debug.yaml``, with faults planned in its ranks.
+
+    Each rank calls ``begin`` first.
+    """
     job = load_config(Job, CONFIG, [f"run_dir={run_dir}", f"data.dir={data}", *overrides])
     folder = run_dir.with_name(f"{run_dir.name}.launched")
 
     def rank() -> None:
         (faults or Faults()).install(folder / "clock")
+        if begin is not None:
+            begin()
         train(job)
 
-    return fork(lambda: supervise(rank, ranks, max_restarts, stopped_grace_s=stopped_grace_s), folder)
+    return fork(lambda: supervise(rank, ranks, max_restarts, stopped_grace_s=stopped_grace_s,
+                                  resizes=ResizeRequests(job)), folder)
