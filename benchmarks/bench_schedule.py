@@ -26,9 +26,9 @@ ALIKE = Cluster(devices={"v100": 64})
 POLICIES: tuple[PolicyName, ...] = ("gang", "backfill", "homogeneous", "easyscale")
 SEEDS = (0, 1, 2, 3, 4)
 LOADS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
-NUM_JOBS = (100, 300, 1000, 3000)
-# What the jobs of the paper's simulator ask for, of a cluster of 32, 16 and 16: up to half of it, and one type by name.
-PAPER_SIZES = {4: 0.02, 8: 0.15, 16: 0.25, 32: 0.58}
+NUM_JOBS = (100, 300, 1000, 2000)
+# Of the 68 jobs of the paper's simulator.
+PAPER_SIZES = {4: 1 / 68, 8: 11 / 68, 16: 18 / 68, 32: 38 / 68}
 
 
 def draw(cluster: Cluster, seed: int, **settings: Any) -> Workload:
@@ -37,11 +37,13 @@ def draw(cluster: Cluster, seed: int, **settings: Any) -> Workload:
 
 
 def named(jobs: Sequence[ClusterJob], cluster: Cluster, seed: int) -> list[ClusterJob]:
-    """The jobs as users submit them who name a type, each as often as it is in the cluster."""
-    random, types = np.random.default_rng(seed), list(cluster.devices)
-    parts = np.array(list(cluster.devices.values())) / sum(cluster.devices.values())
-    return [job.model_copy(update={"rates": {name: job.rates[name]}})
-            for job, name in zip(jobs, random.choice(types, len(jobs), p=parts), strict=True)]
+    """The jobs as users submit them who name a type: one that has W devices, each as often as it is in the cluster."""
+    random, asked = np.random.default_rng(seed), []
+    for job in jobs:
+        fit = {name: count for name, count in cluster.devices.items() if count >= job.num_workers}
+        name = str(random.choice(list(fit), p=np.array(list(fit.values())) / sum(fit.values())))
+        asked.append(job.model_copy(update={"rates": {name: job.rates[name]}}))
+    return asked
 
 
 def serial_mean_s(jobs: Sequence[ClusterJob], pause_s: float) -> float:
@@ -79,12 +81,14 @@ def row(title: str, cluster: Cluster, pause_s: float = 10.0, names: bool = False
     serial = statistics.median(each[4][0] / each[3][0] for each in found)
     print(f"| {title} | " + " | ".join(f"{each:.1f}" for each in hours)
           + "".join(f" | {each[len(each) // 2]:.1f}" for each in ratios)
-          + f" | {ratios[1][0]:.1f} to {ratios[1][-1]:.1f} | {serial:.0f} | {held[0]:.0%} / {held[1]:.0%} |", flush=True)
+          + f" | {ratios[1][0]:.1f} to {ratios[1][-1]:.1f} | {serial:.0f} | {held[0]:.0%} / {held[1]:.0%} |",
+          flush=True)
 
 
 def sweep(kind: str) -> dict[int, list[list[float]]]:
     """By number of jobs, for each load: gang scheduling's mean over EasyScale's, sorted over the seeds."""
-    print(f"\n| {kind}: jobs | " + " | ".join(f"load {load}" for load in LOADS) + " |\n" + (len(LOADS) + 1) * "|---" + "|")
+    print(f"\n| {kind}: jobs | " + " | ".join(f"load {load}" for load in LOADS) + " |\n"
+          + (len(LOADS) + 1) * "|---" + "|")
     swept = {}
     for num_jobs in NUM_JOBS:
         swept[num_jobs] = [sorted(gang[0] / easyscale[0] for gang, easyscale, _ in over_seeds(

@@ -3,8 +3,8 @@
     longer-rec prepare completejourney --out data/completejourney
     OMP_NUM_THREADS=1 python -m benchmarks.bench_shares configs/first.yaml
 
-Two processes on a core each, W = 8. The second is a slower device: a control group lets it have its core for a half, or a
-third, of every 10 ms (needs the right to make one: root). C_i is measured at equal shares: mini-batches by the seconds
+Two processes on a core each, W = 8. The second is a slower device: a control group lets it have its core for a half, or
+a third, of every 10 ms (needs the right to make one: root). C_i is measured at equal shares: mini-batches by the seconds
 of process i's tower; so is what a step takes beside the slowest tower. From these the step of every other pair is
 predicted. Shares alternate in blocks on the same batches; figures are medians over blocks, by the wall clock: nothing
 else may run.
@@ -110,8 +110,8 @@ def report(slower: int, found: Seconds) -> None:
     rates = tuple(4 / statistics.median(towers[i] for _, towers in found[EQUAL]) for i in (0, 1))
     beside = statistics.median(one - max(towers) for one, towers in found[EQUAL])
     best = best_share((1, 1), rates, W)
-    print(f"\nSecond process with 1/{slower} of its core: C = {rates[0]:.1f} and {rates[1]:.1f} mini-batches/s; the planner "
-          f"shares {best.by_device}; beside the towers a step takes {1e3 * beside:.0f} ms.\n")
+    print(f"\nSecond process with 1/{slower} of its core: C = {rates[0]:.1f} and {rates[1]:.1f} mini-batches/s; the "
+          f"planner shares {best.by_device}; beside the towers a step takes {1e3 * beside:.0f} ms.\n")
     print("| shares | predicted ms | measured ms | off | middle half of blocks | times as fast as equal shares |\n"
           + 6 * "|---" + "|")
     for shares, measured in step.items():

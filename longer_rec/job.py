@@ -93,8 +93,8 @@ class Job(Config):
             if not name.isidentifier():
                 raise ValueError(f"baselines: {name!r} becomes a directory; use letters, digits and underscores")
         if self.elastic.is_portable and self.train.precision != "fp32":
-            raise ValueError(f"train.precision={self.train.precision} with elastic.level=D2: only fp32 was found equal on "
-                             "unlike processors; use fp32, or D1")
+            raise ValueError(f"train.precision={self.train.precision} with elastic.level=D2: only fp32 was found equal "
+                             "on unlike processors; use fp32, or D1")
         return self
 
 

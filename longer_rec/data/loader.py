@@ -1,11 +1,12 @@
 """Batches in background processes: for training by logical worker, for evaluation in fixed blocks."""
 
+import atexit
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.process
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -170,19 +171,25 @@ def in_background(make: Callable[[int], list[RequestBatch]], indices: Sequence[i
     others = multiprocessing.active_children()
     batches = iter(loader)
     # They take no SIGTERM, with which torch would end those that are left over, and Python waits for them at its end.
-    weakref.finalize(batches, _kill, [each for each in multiprocessing.active_children() if each not in others])
-    while True:
-        try:
-            packed = _call_within(config.timeout_s, lambda: next(batches, None))
-        except TimeoutError:
-            raise RankLost(f"no batch came from its loading process within data.timeout_s={config.timeout_s:g}: the "
-                           f"storage under {config.dir} does not answer, or the process is stopped; start again to "
-                           "continue from the last checkpoint, or raise it") from None
-        if packed is None:
-            return
-        if isinstance(packed, LongerRecError):
-            raise packed
-        yield unpack_batches(packed)
+    end = functools.partial(_kill, [each for each in multiprocessing.active_children() if each not in others])
+    atexit.register(end)
+    try:
+        while True:
+            try:
+                packed = _call_within(config.timeout_s, functools.partial(next, batches, None))
+            except TimeoutError:
+                end()
+                raise RankLost(f"no batch came from its loading process within data.timeout_s={config.timeout_s:g}: "
+                               f"the storage under {config.dir} does not answer, or the process is stopped; start "
+                               "again to continue from the last checkpoint, or raise it") from None
+            if packed is None:
+                return
+            if isinstance(packed, LongerRecError):
+                raise packed
+            yield unpack_batches(packed)
+    finally:
+        atexit.unregister(end)
+        del batches  # its processes end: an error that somebody keeps would keep them, too
 
 
 def _call_within(timeout_s: float, function: Callable[[], ResultT]) -> ResultT:

@@ -46,7 +46,8 @@ def write_report(run_dir: Path) -> Path:
     analyses = [(each.name, each.analysis) for each in (files, *_baselines(files)) if each.analysis]
     write_page(path, "report.html.j2", head=headline(files), results=results_table(files.results), curves=curves(files),
                quality=quality(analyses), attention=attention(files.analysis), directory=run_dir,
-               speed=speed(files), continued=continued(files), data=data(files), plan=plan(files), machine=environment(files),
+               speed=speed(files), continued=continued(files),
+               data=data(files), plan=plan(files), machine=environment(files),
                config=highlight_yaml(files.config_text) if files.config_text else None)
     return path
 
@@ -145,7 +146,7 @@ def speed(files: RunFiles) -> Section | None:
 
 
 def continued(files: RunFiles) -> Section | None:
-    """Each start that went on where another had saved, and what was refused; None for a run that nothing happened to."""
+    """Each start that went on where another had saved, and each refused resize; None when there was none."""
     rows = []
     for event in files.events:
         if event["event"] == "continued":

@@ -77,7 +77,8 @@ def installed_version(package: str) -> str | None:
 def numerics(device: torch.device, portable: bool = False) -> dict[str, Any]:
     """What the bits of a computation depend on beside its inputs: kernels, and how many threads share them.
 
-    Libraries choose kernels by the processor's maker and model too, unless the environment has chosen ``portable`` ones.
+    Libraries choose kernels by the processor's maker and model too; where the environment has chosen ``portable`` ones,
+    by neither.
     """
     kind = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
     if portable:

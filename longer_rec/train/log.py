@@ -59,7 +59,7 @@ class RunLog:
 
 
 def append_event(directory: Path, event: str, **values: Value) -> None:
-    """Add a line to ``events.jsonl``: what happened to the run, which its metrics do not show and nothing takes back."""
+    """Add a line to ``events.jsonl``: what happened to the run, which its metrics do not show."""
     line = {"event": event, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **values}
     with writing(directory), (directory / EVENTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

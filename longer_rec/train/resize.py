@@ -89,8 +89,8 @@ def resize_run(run_dir: Path, num_ranks: int) -> str:
         if holder_of(run_dir) is not None or _lives(int(launcher[1]), launcher[2]):
             seen = time.monotonic()
         elif time.monotonic() - seen > _GONE_S:
-            raise ConfigError(f"{run_dir} ended before it had {num_ranks} processes; start it with `longer-rec launch … "
-                              f"--nproc {num_ranks}` if it is not done")
+            raise ConfigError(f"{run_dir} ended before it had {num_ranks} processes; if it is not done, start it with "
+                              f"`longer-rec launch … --nproc {num_ranks}`")
         time.sleep(_POLL_S)
 
 

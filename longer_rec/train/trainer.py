@@ -199,10 +199,11 @@ class Trainer:
         with self.clock.part("time_save_s"):
             checkpoints.save_async(self.step, self.parallel.state_dict(), {
                 "step": self.step, "samples": self.step * self.num_workers * self.job.data.batch_requests,
-                "elapsed_s": self.elapsed_s, "saved": datetime.datetime.now(datetime.UTC).isoformat(), "bad_steps": self.bad_steps, "skipped_steps": self.skipped_steps,
+                "elapsed_s": self.elapsed_s, "bad_steps": self.bad_steps, "skipped_steps": self.skipped_steps,
                 "num_workers": self.num_workers, "world_size": self.world.size, "name": self.job.name,
                 "always_strict": self.always_strict,
-                "data_fingerprint": self.dataset.fingerprint, "numerics": numerics(self.world.device, self.job.elastic.is_portable)})
+                "data_fingerprint": self.dataset.fingerprint, "numerics": self._numerics(),
+                "saved": datetime.datetime.now(datetime.UTC).isoformat()})
 
     def restore(self, checkpoints: CheckpointManager) -> bool:
         """Continue from the newest complete checkpoint, if there is one; a collective call."""
@@ -223,8 +224,11 @@ class Trainer:
         self.bad_steps, self.skipped_steps = extra["bad_steps"], extra["skipped_steps"]
         return True
 
+    def _numerics(self) -> dict[str, Any]:
+        return numerics(self.world.device, self.job.elastic.is_portable)
+
     def _check_numerics(self, saved: Mapping[str, object]) -> None:
-        here = numerics(self.world.device, self.job.elastic.is_portable)
+        here = self._numerics()
         changed = "; ".join(f"{name} was {saved.get(name)}, is {value}" for name, value in here.items()
                             if saved.get(name) != value)
         if changed and self.job.elastic.is_strict:

@@ -136,8 +136,10 @@ def test_an_error_in_a_background_process_arrives_as_one_line(dataset: Dataset,
         raise DataError("request 3: spoiled; fetch it again")
 
     monkeypatch.setattr(loader_module, "make_batch", fail)
-    with pytest.raises(DataError, match=r"^request 3: spoiled; fetch it again$"):
+    with pytest.raises(DataError, match=r"^request 3: spoiled; fetch it again$") as kept:
         train(dataset, range(4), loader_processes=1)
+    assert kept.tb is not None
+    assert multiprocessing.active_children() == []
 
 
 def test_a_stop_signal_to_all_processes_leaves_the_step_under_way_its_batches(dataset: Dataset) -> None:
@@ -191,8 +193,7 @@ def test_a_loading_process_that_does_not_answer_ends_the_wait(dataset: Dataset, 
     next(steps)
     with pytest.raises(RankLost, match=r"no batch came .* within data.timeout_s=1.5: .*start again"):
         next(steps)
-    helper, = multiprocessing.active_children()
-    helper.kill()
+    assert multiprocessing.active_children() == []
 
 
 def test_a_process_ends_although_a_loader_is_left_whose_processes_work_or_are_stopped(dataset: Dataset) -> None:
