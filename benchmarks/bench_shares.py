@@ -4,10 +4,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.bench_shares configs/first.yaml
 
 Two processes on a core each, W = 8. The second is a slower device: a control group lets it have its core for a half, or
-a third, of every 10 ms (needs the right to make one: root). C_i is measured at equal shares: mini-batches by the seconds
-of process i's tower; so is what a step takes beside the slowest tower. From these the step of every other pair is
-predicted. Shares alternate in blocks on the same batches; figures are medians over blocks, by the wall clock: nothing
-else may run.
+a third, of every 10 ms (needs the right to make one: root). C_i is measured at equal shares: mini-batches by the
+seconds of process i's tower; so is what a step takes beside the slowest tower. From these the step of every other pair
+is predicted. Shares alternate in blocks on the same batches; figures are medians over blocks, by the wall clock:
+nothing else may run.
 """
 
 import argparse

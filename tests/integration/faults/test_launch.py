@@ -219,8 +219,8 @@ def test_two_trainings_in_one_directory_are_refused_until_the_first_is_dead(
         before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
         outcome = commands.run("launch", *arguments)
         assert outcome.code == 2
-        assert re.fullmatch(rf"longer-rec: {run_dir} is in use by process \d+ \(launch \d+\) on \S+ since \S+; wait for "
-                            "it or choose another run_dir\n", outcome.err), outcome.err
+        assert re.fullmatch(rf"longer-rec: {run_dir} is in use by process \d+ \(launch \d+\) on \S+ since \S+; wait "
+                            "for it or choose another run_dir\n", outcome.err), outcome.err
         assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
         assert commands.run("eval", run_dir).err.startswith("longer-rec: "), "it has no checkpoint, and needs no lock"
         for one in first.family():
