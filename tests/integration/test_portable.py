@@ -22,7 +22,7 @@ from tests.reference.commands import CommandServer
 QEMU = shutil.which("qemu-x86_64")
 # Four steps.
 TINY = ("elastic.num_workers=2", "elastic.digest_every=1", "data.loader_processes=0", "data.max_events=50",
-        "data.batch_requests=4", "train.epochs=1", "train.checkpoint_every=2", "schedule.warmup_steps=2")
+        "data.batch_requests=10", "train.epochs=1", "train.checkpoint_every=2", "schedule.warmup_steps=2")
 
 
 def train(run_dir: Path, data: Path, *overrides: str, emulator: tuple[str, ...] = ()) -> None:
@@ -34,7 +34,7 @@ def train(run_dir: Path, data: Path, *overrides: str, emulator: tuple[str, ...] 
 
 @pytest.mark.skipif(QEMU is None, reason="no qemu-x86_64 to emulate another processor (Debian: qemu-user)")
 def test_a_run_that_moves_to_an_emulated_haswell_is_bitwise_the_one_that_stayed(tmp_path: Path) -> None:
-    few = prepare("synthetic", tmp_path / "data", overrides=["num_users=8", "requests_per_user=5", "candidates=4"])
+    few = prepare("synthetic", tmp_path / "data", overrides=["num_users=10"])
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     train(whole, few, "elastic.level=D2")
     shutil.copytree(whole, moved)

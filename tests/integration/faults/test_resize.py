@@ -35,7 +35,7 @@ def whole(synthetic: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happened to."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     with launch_run(run_dir, synthetic, *SHORT, ranks=1) as run:
-        assert (run.wait(), run.err) == (0, "")
+        assert (run.wait(100), run.err) == (0, "")
     assert len(metric_lines(run_dir)) > 8
     return run_dir
 
@@ -93,7 +93,7 @@ def test_a_run_resized_from_4_to_2_to_3_while_it_trains_is_the_uninterrupted_run
             told = re.fullmatch(rf"resized {before} → {after} in (\d+\.\d) s at step {step}, .*\n", outcome.out)
             assert told is not None, outcome.out
             assert 0 < float(told[1]) < 15
-        assert (run.wait(), run.err) == (0, "")
+        assert (run.wait(100), run.err) == (0, "")
     assert moves(run_dir) == [(3, 4, 2), (6, 2, 3)]
     assert_same_run(whole, run_dir)
     assert "4 → 2" in (run_dir / "report.html").read_text()
@@ -112,7 +112,7 @@ def test_of_two_requests_in_a_row_and_while_a_checkpoint_is_written_the_last_one
         time.sleep(1)
         for each in run.family():
             each.resume()
-        assert (run.wait(), run.err) == (0, "")
+        assert (run.wait(100), run.err) == (0, "")
     assert moves(run_dir) == [(3, 2, 3), (5, 3, 2)]
     assert_same_run(whole, run_dir)
 
@@ -127,7 +127,7 @@ def test_a_rank_killed_during_a_resize_costs_nothing_that_was_saved(
         whole: Path) -> None:
     run_dir = tmp_path / "run"
     with launch_run(run_dir, synthetic, *SHORT, faults=faults, begin=hold(run_dir, {0: 2}, {0: ("3",)})) as run:
-        assert (run.wait(), run.err) == (0, f"longer-rec: {stderr}\n")
+        assert (run.wait(100), run.err) == (0, f"longer-rec: {stderr}\n")
     assert moves(run_dir) == expected
     assert json.loads((run_dir / "plan.json").read_text())["world_size"] == 3
     assert_same_run(whole, run_dir)
@@ -144,7 +144,7 @@ def test_a_supervisor_killed_during_a_resize_leaves_a_run_that_continues(synthet
         psutil.wait_procs(family, 20)
     assert find_checkpoint(run_dir).name == "step-3"
     with launch_run(run_dir, synthetic, *SHORT, ranks=3) as run:
-        assert (run.wait(), run.err) == (0, "")
+        assert (run.wait(100), run.err) == (0, "")
     assert moves(run_dir) == [(3, 2, 3)]
     assert_same_run(whole, run_dir)
 
@@ -188,7 +188,7 @@ def test_a_bad_request_of_an_agent_is_refused_once_and_the_run_goes_on(synthetic
                                                                        whole: Path) -> None:
     run_dir = tmp_path / "run"
     with launch_run(run_dir, synthetic, *SHORT, begin=hold(run_dir, {0: 2}, {0: ("many",)})) as run:
-        assert run.wait() == 0
+        assert run.wait(100) == 0
     assert run.err == "longer-rec: goes on as it is: 'many' processes cannot train; use 1 or more\n"
     assert [each["to"] for each in events(run_dir)] == ["many"]
     assert_same_run(whole, run_dir)

