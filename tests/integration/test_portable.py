@@ -21,7 +21,7 @@ from tests.reference.commands import CommandServer
 
 QEMU = shutil.which("qemu-x86_64")
 # Four steps.
-TINY = ("elastic.num_workers=2", "elastic.digest_every=1", "data.loader_processes=0", "data.max_events=50",
+TINY = ("elastic.num_workers=2", "elastic.digest_every=1", "data.loader_processes=0", "data.max_events=100",
         "data.batch_requests=10", "train.epochs=1", "train.checkpoint_every=2", "schedule.warmup_steps=2")
 
 

@@ -1,5 +1,6 @@
 """Runs that change their number of processes while they train, on request: bitwise the run that never did."""
 
+import contextlib
 import json
 import os
 import re
@@ -99,6 +100,12 @@ def test_a_run_resized_from_4_to_2_to_3_while_it_trains_is_the_uninterrupted_run
     assert "4 → 2" in (run_dir / "report.html").read_text()
 
 
+def is_stopped(run: Forked) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any(each.status() == psutil.STATUS_STOPPED for each in run.family())
+    return False
+
+
 def test_of_two_requests_in_a_row_and_while_a_checkpoint_is_written_the_last_one_counts(
         synthetic: Path, tmp_path: Path, whole: Path) -> None:
     """The processes of each request are start 1, 2, …, and those of one that is overtaken are dropped."""
@@ -107,11 +114,12 @@ def test_of_two_requests_in_a_row_and_while_a_checkpoint_is_written_the_last_one
     begin = hold(run_dir, {0: 2, 2: 4}, {0: ("4", " 3\n"), 2: ("1", "3", "2")})
     with launch_run(run_dir, synthetic, *SHORT, "train.checkpoint_every=2", faults=slow_save, begin=begin,
                     max_restarts=0, stopped_grace_s=60) as run:
-        until(lambda: any(each.status() == psutil.STATUS_STOPPED for each in run.family()), 60, run)
+        until(lambda: is_stopped(run), 60, run)
         until((run_dir / "held-0").exists, 60, run)
         time.sleep(1)
         for each in run.family():
-            each.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.resume()
         assert (run.wait(100), run.err) == (0, "")
     assert moves(run_dir) == [(3, 2, 3), (5, 3, 2)]
     assert_same_run(whole, run_dir)
