@@ -69,7 +69,7 @@ for name in ("getDeviceCount", "getArchFlags", "init", "getCurrentRawStream"):
     setattr(torch._C, f"_cuda_{name}", poison)
 
 import longer_rec.cli, longer_rec.runtime.supervisor
-longer_rec.runtime.supervisor.supervise = lambda *_: int(torch.cuda.is_initialized()) or 77
+longer_rec.runtime.supervisor.supervise = lambda *_, **__: int(torch.cuda.is_initialized()) or 77
 sys.argv = ["longer-rec", "launch", "configs/synthetic_debug.yaml", "--nproc", "2"]
 longer_rec.cli.main()
 """

@@ -208,7 +208,7 @@ def test_a_process_ends_although_a_loader_is_left_whose_processes_work_or_are_st
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
         print("left", flush=True)
         """
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=150)
     assert (ended.returncode, ended.stdout) == (0, "left\n"), ended.stderr
 
 
