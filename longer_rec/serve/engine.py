@@ -142,7 +142,7 @@ class Engine:
         return job.future
 
     def check_room(self) -> None:
-        """``Overloaded`` when ``max_waiting`` requests wait, or as many as take a quarter of a deadline.
+        """``Overloaded`` when ``max_waiting`` requests wait, or as many as take a third of a deadline.
 
         To be asked before any work is done for a request: what is accepted and then late has cost others their answer.
         """
@@ -152,8 +152,8 @@ class Engine:
         if waiting >= self.config.max_waiting:
             raise Overloaded(f"{waiting} requests are waiting, {self.config.max_waiting} at most; come back later")
         # Two always may wait: their answers are what a pace that was too slow is corrected by.
-        if waiting >= 2 and wait_s > self.config.deadline_ms / 4e3:
-            raise Overloaded(f"{waiting} requests are waiting, {wait_s:.1f} s of work, more than a quarter of "
+        if waiting >= 2 and wait_s > self.config.deadline_ms / 3e3:
+            raise Overloaded(f"{waiting} requests are waiting, {wait_s:.1f} s of work, more than a third of "
                              f"deadline_ms={self.config.deadline_ms:g}; come back later")
 
     @property

@@ -148,7 +148,7 @@ def test_what_would_wait_too_long_is_refused_at_once(bundle: Bundle, monkeypatch
         try:
             accepted.append(engine.submit(request))
         except Overloaded:
-            with pytest.raises(Overloaded, match="s of work, more than a quarter of deadline_ms=3000"):
+            with pytest.raises(Overloaded, match="s of work, more than a third of deadline_ms=3000"):
                 engine.check_room()
             refused += 1
         time.sleep(0.02)
