@@ -103,7 +103,8 @@ class Engine:
         self.served = self._serve(bundle)
         self._lock = threading.RLock()  # an answer given under it counts itself
         self._num_waiting = 0
-        self._pace_s, self._answered = 0.0, time.monotonic()  # between answers while others wait, smoothed
+        self._pace_s, self._num_paced = 0.0, 0  # seconds between answers while others wait: the mean of about 20
+        self._answered = time.monotonic()
         self._is_closing = False
         self._followers: dict[CacheKey, list[Job]] = {}
         self._prefills: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -186,7 +187,8 @@ class Engine:
             self._num_waiting -= 1
             now = time.monotonic()
             if self._num_waiting:
-                self._pace_s += 0.05 * (now - self._answered - self._pace_s)
+                self._num_paced = min(20, self._num_paced + 1)
+                self._pace_s += (now - self._answered - self._pace_s) / self._num_paced
             self._answered = now
 
     def _lead_or_follow(self, job: Job) -> None:
