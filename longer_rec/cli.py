@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False,
                   help="Train and serve rankers over ultra-long user histories.")
-
-bench_app = typer.Typer(help="Measure a bundle as it would run.")
+bench_app = typer.Typer(help="How fast a job or a bundle is on this machine.")
 app.add_typer(bench_app, name="bench")
+
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings on top, such as data.max_events=200")]
 
@@ -189,6 +189,24 @@ def bench_serve(
     from longer_rec.config import apply_overrides, build_config
 
     run(bundle, build_config(ServeLoad, apply_overrides({}, settings or ()), "bench serve"), out)
+
+
+@bench_app.command("profile")
+def bench_profile(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(help="ranks, all on this host")] = 1,
+    steps: Annotated[int, typer.Option(help="that are timed, after five that are not")] = 20,
+    out: Annotated[Path, typer.Option(help="directory for profile.json, profile.md and trace.json")] = Path("profile"),
+) -> None:
+    """Train for a few steps and tell where their time goes; nothing is saved of them. docs/performance.md."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as in launch: ranks are forked
+    from longer_rec.bench.profile import ProfileOptions, profile_job
+    from longer_rec.config import build_config
+
+    profile_job(_load_job(config, overrides), build_config(ProfileOptions, {"nproc": nproc, "steps": steps}, "bench "
+                                                           "profile"), out)
 
 
 @app.command()

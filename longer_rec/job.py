@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import pydantic
 import torch
@@ -17,6 +17,7 @@ from longer_rec.data.replay import replay_lookups
 from longer_rec.elastic.assignment import ElasticConfig, resolve_num_workers
 from longer_rec.model.compressor import CompressConfig
 from longer_rec.model.inputs import InputWidths, InstanceWidths
+from longer_rec.model.precision import Precision
 from longer_rec.model.recompute import apply_recompute
 from longer_rec.model.tower import AnyTowerConfig, build_tower
 from longer_rec.ranker import Ranker
@@ -27,8 +28,6 @@ from longer_rec.sparse.optimizers import DenseOptimizerConfig
 from longer_rec.sparse.placement import Floats, step_fetches
 from longer_rec.sparse.planfile import SparsePlan
 from longer_rec.sparse.tables import SparseConfig, build_tables, widths
-
-Precision = Literal["fp32", "bf16"]
 
 # Keys that may differ when a run directory is resumed: they move or watch the run, they do not change the model.
 _FREE_KEYS = frozenset((
@@ -50,7 +49,9 @@ class TrainConfig(Config):
     """How long, how often, how precise. A step is one batch of every logical worker."""
 
     epochs: float = pydantic.Field(1.0, ge=0, description="passes over the training requests; 0 only evaluates")
-    precision: Precision = "fp32"
+    precision: Precision | dict[str, Precision] = pydantic.Field(
+        "fp32", description="of the tower's matmuls; or by part, such as {default: fp32, merge: bf16}")
+    tf32: bool = pydantic.Field(False, description="fp32 matmuls on a GPU with 10 bits of mantissa")
     recompute: tuple[str, ...] = pydantic.Field((), description="parts of the tower that keep no activations")
     clip_norm: float = pydantic.Field(1.0, gt=0, description="bound on the norm of the dense gradient")
     max_bad_steps: int = pydantic.Field(10, ge=1, description="non-finite steps in a row before the run is given up")
@@ -62,6 +63,17 @@ class TrainConfig(Config):
     keep_every: int | None = pydantic.Field(None, ge=1, description="steps; multiples of it stay for ever")
     timeout_s: float = pydantic.Field(120.0, gt=0, description="of every collective operation of a step")
     checkpoint_timeout_s: float = pydantic.Field(1800.0, gt=0, description="of a save, all ranks' writing included")
+
+    @property
+    def default_precision(self) -> Precision:
+        """Of what ``precision`` does not name."""
+        return self.precision.get("default", "fp32") if isinstance(self.precision, dict) else self.precision
+
+    @property
+    def part_precisions(self) -> dict[str, Precision]:
+        """Those of parts that ``precision`` names."""
+        named = self.precision if isinstance(self.precision, dict) else {}
+        return {part: precision for part, precision in named.items() if part != "default"}
 
 
 class Job(Config):

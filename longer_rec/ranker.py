@@ -1,6 +1,7 @@
 """The only place where tables meet a tower: a batch of requests in, logits out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +11,17 @@ from longer_rec.model.inputs import CandidateSide, InstanceSide, UserSide
 from longer_rec.model.tower import AnyTower
 from longer_rec.schema import Schema
 
+if TYPE_CHECKING:
+    from longer_rec.sparse.lookup import SentIds, SparseTables  # imports TorchRec, which serving does without
+
 
 class Ranker(nn.Module):
     """``sparse`` looks ids up, ``tower`` ranks; TorchRec shards the former and replicates the latter.
 
-    ``sparse`` is ``sparse.tables.SparseTables`` in training and ``bundle.ServedTables``, without TorchRec, in serving.
+    ``sparse`` is ``sparse.lookup.SparseTables`` in training and ``bundle.ServedTables``, without TorchRec, in serving.
 
-    Training calls ``lookup`` once for all logical workers and ``logits`` worker by worker; evaluation calls
-    ``forward``; all of them go through the tower's ``encode`` and ``score``, as serving does.
+    Training calls ``send`` and ``receive`` once for all logical workers and ``logits`` worker by worker; evaluation
+    calls ``forward``; all of them go through the tower's ``encode`` and ``score``, as serving does.
     """
 
     def __init__(self, schema: Schema, sparse: nn.Module, tower: AnyTower) -> None:
@@ -30,6 +34,14 @@ class Ranker(nn.Module):
         """Embeddings of every feature, by ``history.``, ``candidates.`` and ``users.`` keys; a collective call."""
         embeddings: dict[str, Tensor] = self.sparse(batch)
         return embeddings
+
+    def send(self, batches: Sequence[RequestBatch]) -> "SentIds":
+        """Start on the lookup of the own workers' batches, as far as ids alone go; a collective call."""
+        return cast("SparseTables", self.sparse).send(batches)
+
+    def receive(self, sent: "SentIds") -> dict[str, Tensor]:
+        """The rest of the lookup: rows of the distinct ids, worker after worker; a collective call."""
+        return cast("SparseTables", self.sparse).receive(sent)
 
     def logits(self, batch: RequestBatch, lookup: Mapping[str, Tensor]) -> Tensor:
         """Logits (C x Y) of one batch, given its embeddings."""

@@ -91,6 +91,27 @@ class Schema(Config):
         """What an instance token looks up."""
         return self.instances.features if self.instances is not None else ()
 
+    @property
+    def row_keys(self) -> dict[str, list[str]]:
+        """Keys such as "history.item" by the table in which they are looked up row by row."""
+        roles = {"history": self.history_features, "candidates": self.item_features,
+                 "users": tuple(feature for feature in self.user_features if not feature.multi_valued),
+                 "instances": self.instance_features}
+        keys: dict[str, list[str]] = {}
+        for role, features in roles.items():
+            for feature in features:
+                keys.setdefault(feature.table, []).append(f"{role}.{feature.name}")
+        return keys
+
+    @property
+    def pooled_keys(self) -> dict[str, list[str]]:
+        """Keys such as "users.tags" by the table whose rows are summed for each request."""
+        keys: dict[str, list[str]] = {}
+        for feature in self.user_features:
+            if feature.multi_valued:
+                keys.setdefault(feature.table, []).append(f"users.{feature.name}")
+        return keys
+
 
 def load_schema(path: Path) -> Schema:
     """The schema in a JSON file; ``DataError`` when it is missing or damaged."""

@@ -16,7 +16,7 @@ import numpy as np
 import pydantic
 import torch.utils.data
 
-from longer_rec.batch import RequestBatch, validate_batch
+from longer_rec.batch import RequestBatch, deduplicate, validate_batch
 from longer_rec.config import Config
 from longer_rec.data.batches import make_batch, request_sizes
 from longer_rec.data.frequency import STORED_EVENTS
@@ -51,9 +51,8 @@ class TrainLoader:
 
     What a worker gets at a step is a function of (seed, step, worker, num_workers) and the dataset; neither the
     grouping of workers into processes nor a restart changes it. The whole state is the step. In ``user_order`` a
-    batch is a stretch of the request index, whose neighbours are requests of one user in order of time. After each step
-    ``wait_s`` holds the seconds the trainer waited for it. ``fork`` shares the mapped files with the background
-    processes, so make the loader before threads that hold locks exist.
+    batch is a stretch of the request index, whose neighbours are requests of one user in order of time. ``fork`` shares
+    the mapped files with the background processes, so make the loader before threads that hold locks exist.
     """
 
     def __init__(self, dataset: Dataset, config: DataConfig, *, seed: int, num_workers: int, workers: range,
@@ -64,7 +63,7 @@ class TrainLoader:
         self._num_workers, self._workers = num_workers, workers
         self._user_order, self._reverse = user_order, reverse_second_pass
         self._steps = range(start_step, start_step + num_steps)
-        self.wait_s = 0.0
+        self._wait_s = 0.0
 
     def make_step(self, step: int) -> list[RequestBatch]:
         """The validated batches of a step, in this process."""
@@ -102,14 +101,19 @@ class TrainLoader:
     def _make_worker(self, row: I64, epoch: I64 | int) -> RequestBatch:
         batch = make_batch(self._dataset, row, max_events=self._config.max_events, epoch=epoch)
         validate_batch(batch, self._dataset.schema)
-        return batch
+        return deduplicate(batch, self._dataset.schema)
+
+    def take_wait(self) -> float:
+        """Seconds spent waiting for steps since the last call."""
+        taken, self._wait_s = self._wait_s, 0.0
+        return taken
 
     def __iter__(self) -> Iterator[list[RequestBatch]]:
         steps = iter(in_background(self.make_step, self._steps, self._config))
         while True:
             asked = time.perf_counter()
             batches = next(steps, None)
-            self.wait_s = time.perf_counter() - asked
+            self._wait_s += time.perf_counter() - asked
             if batches is None:
                 return
             yield batches
@@ -137,7 +141,7 @@ class EvalLoader:
         rows = self._rows[block * size:(block + 1) * size]
         batch = make_batch(self._dataset, rows, max_events=self._config.max_events)
         validate_batch(batch, self._dataset.schema)
-        return batch
+        return deduplicate(batch, self._dataset.schema)
 
     def __iter__(self) -> Iterator[tuple[int, RequestBatch]]:
         batches = in_background(lambda block: [self.make_block(block)], self._blocks, self._config)
@@ -166,7 +170,7 @@ def in_background(make: Callable[[int], list[RequestBatch]], indices: Sequence[i
     loader = torch.utils.data.DataLoader(
         _Made(make), batch_size=None, sampler=indices, num_workers=config.loader_processes,
         multiprocessing_context="fork", prefetch_factor=max(config.prefetch_batches // config.loader_processes, 1),
-        worker_init_fn=lambda _: leave_stopping_to_parent(),
+        pin_memory=torch.cuda.is_available(), worker_init_fn=lambda _: leave_stopping_to_parent(),
         generator=torch.Generator())  # its own: the trainer's random state must not depend on how data is loaded
     others = multiprocessing.active_children()
     batches = iter(loader)

@@ -5,7 +5,7 @@ that takes 4.3 ms of the trainer's CPU, one block takes 1.4 ms (2-core x86-64 ma
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ class PackedBatches:
 
     block: Tensor
     layout: list[list[Place]]
+
+    def pin_memory(self) -> "PackedBatches":
+        """Asked for by torch's DataLoader where there is a GPU: copies to it need not be waited for then."""
+        return replace(self, block=self.block.pin_memory())
 
 
 def pack_batches(batches: Sequence[RequestBatch]) -> PackedBatches:

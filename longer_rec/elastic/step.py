@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from longer_rec.batch import RequestBatch
+from longer_rec.sparse.lookup import split_rows
 
 Rows = dict[str, Tensor]
 
@@ -26,31 +27,20 @@ def cut_lookup(lookup: Rows) -> tuple[Rows, dict[str, GradientEdge]]:
             {key: get_gradient_edge(value) for key, value in lookup.items()})
 
 
-def split_rows(rows: Rows, batches: Sequence[RequestBatch]) -> list[Rows]:
-    """Each worker's slice of the concatenated lookup, as leaves that collect gradients.
-
-    Keys are ``history.<feature>`` (T x E), ``candidates.<feature>`` (C x E), ``users.<feature>`` (B x E) and
-    ``instances.<feature>`` (N x E).
-    """
-    sizes = {
-        "history": [batch.num_events for batch in batches],
-        "candidates": [batch.num_candidates for batch in batches],
-        "users": [batch.num_requests for batch in batches],
-        "instances": [batch.num_instances for batch in batches],
-    }
-    slices = {key: value.split(sizes[key.partition(".")[0]]) for key, value in rows.items()}
-    return [{key: parts[worker].requires_grad_() for key, parts in slices.items()} for worker in range(len(batches))]
+def worker_leaves(rows: Rows, batches: Sequence[RequestBatch]) -> list[Rows]:
+    """Each worker's slice of the lookup, as leaves that collect gradients."""
+    return [{key: part.requires_grad_() for key, part in own.items()} for own in split_rows(rows, batches)]
 
 
 @torch.no_grad()
-def keep_gradients(leaves: Rows) -> Tensor:
-    """Overwrite a worker's embeddings with what its backward left (zeros where the tower did not look).
+def keep_gradients(leaves: Rows, loss_scale: float = 1.0) -> Tensor:
+    """Overwrite a worker's embeddings with what its backward left over ``loss_scale`` (zeros where it did not look).
 
     Returns the sum of the gradients' squares, a scalar.
     """
     squares = []
     for leaf in leaves.values():
-        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.div_(loss_scale)
         squares.append(gradient.square().sum())
         leaf.grad = None
         leaf.copy_(gradient)

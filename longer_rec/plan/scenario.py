@@ -174,7 +174,7 @@ class Scenario:
         if not isinstance(model, TowerConfig):
             return {}
         sizes = [tower_bytes(model, input_widths(self.schema, self.job), len(self.schema.tasks), *batch,
-                             train.recompute, 2 if train.precision == "bf16" else 4,
+                             train.recompute, 4 if train.default_precision == "fp32" else 2,
                              4 if self.hardware.device == "cpu" else None) for batch in batches]
         return max(sizes, key=lambda parts: sum(parts.values()))
 
@@ -322,7 +322,8 @@ def step_terms(scenario: Scenario, tables: Mapping[str, float]) -> dict[str, dic
     return {
         "lookup": {"call_s": table_calls, "lookup": tables["forward"] * share, "network": forward_exchange,
                    "latency_s": 2 * rounds},
-        "tower": {"tower": scenario.flops * forward_passes * share / hardware.flops[scenario.job.train.precision]},
+        "tower": {"tower": scenario.flops * forward_passes * share /
+                  hardware.flops["fp32" if scenario.job.train.default_precision == "fp32" else "bf16"]},
         "reduce": {"call_s": dense_calls, "memory": 3 * size * share / hardware.device_bw, "latency_s": 2 * rounds,
                    "network": 2 * size * (num_ranks - 1) / num_ranks / hardware.network_bw},
         "sparse": {"call_s": table_calls, "sparse": tables["backward"] * share, "network": backward_exchange,

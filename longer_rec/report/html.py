@@ -139,6 +139,8 @@ def speed(files: RunFiles) -> Section | None:
         "chart": charts.throughput(rates, "requests/s"),
         "means": [(unit, format_count(_mean(train, f"{unit}_per_s")))
                   for unit in ("requests", "candidates", "events") if points(train, f"{unit}_per_s")],
+        "mfu": [(f"{_mean(train, key):.1%}", of) for key, of in (("mfu", "the step"), ("mfu_tower", "the tower's part"))
+                if points(train, key)],
         "step_ms": f"{1000 * total / num_steps:.1f}" if total else None,
         "parts": [{"name": name, "share": value / total, "ms": f"{1000 * value / num_steps:.1f}"}
                   for name, value in seconds.items() if value >= 0.0005 * total] if total else [],

@@ -176,4 +176,6 @@ class TrainProgress:
             parts.append(f"AUC {format_metric('auc', self._auc)}")
         if is_number(self._train.get("requests_per_s")):
             parts.append(f"{format_count(self._train['requests_per_s'])} requests/s")
+        if is_number(self._train.get("mfu")):
+            parts.append(f"MFU {self._train['mfu']:.0%}")
         return "  ".join(parts)

@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from longer_rec.runtime import machine
 from longer_rec.runtime.cluster_check import Check
+from longer_rec.runtime.determinism import make_deterministic
+from longer_rec.runtime.peak import measured_peak
 
 _GIB = 1 << 30
 _TRIALS_TIMEOUT_S = 80.0
@@ -36,6 +38,8 @@ def run_doctor(quick: bool = False) -> list[Check]:
     checks = check_versions(installed, cuda)
     load = _check_loading(installed, cuda)
     checks += [load, *_check_backends(), *check_machine(machine.machine_facts())]
+    if not quick:
+        checks.append(_check_matmuls())
     if not quick and load.status == "ok":
         checks += _check_trials()
     return checks
@@ -155,6 +159,15 @@ def check_machine(facts: Mapping[str, Any]) -> list[Check]:
                         f"{threads}; more than one thread a rank is slower on CPU" if many
                         else threads or "not set; torchrun sets 1", "export OMP_NUM_THREADS=1" if many else ""))
     return checks
+
+
+def _check_matmuls() -> Check:
+    """What utilisation is told against, in a process like one that trains."""
+    make_deterministic()
+    device = torch.device("cuda" if machine.gpus() else "cpu")
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    reached = [f"{name} {measured_peak(device, dtype, again=True) / 1e9:,.0f}" for name, dtype in kinds.items()]
+    return Check("matmuls", "ok", f"{', '.join(reached)} GFLOP/s a rank, {torch.get_num_threads()} thread(s)")
 
 
 def _check_trials() -> list[Check]:

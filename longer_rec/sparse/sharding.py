@@ -6,10 +6,11 @@ from torchrec.distributed.comm_ops import set_gradient_division
 from torchrec.distributed.model_parallel import DataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv
 
+from longer_rec.sparse.lookup import SparseTables
 from longer_rec.sparse.optimizers import apply_table_optimizer
 from longer_rec.sparse.options import build_sharders
 from longer_rec.sparse.planfile import SparsePlan
-from longer_rec.sparse.tables import SparseConfig, SparseTables, find_collections
+from longer_rec.sparse.tables import SparseConfig, find_collections
 
 
 class ReducedByCaller(DataParallelWrapper):

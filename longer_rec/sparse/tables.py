@@ -1,4 +1,4 @@
-"""The embedding tables of a schema, and their one lookup for a batch of requests."""
+"""The embedding tables of a schema: their configuration, and the unsharded module."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -7,26 +7,22 @@ from typing import Literal, Self, TypeAlias, get_args
 
 import pydantic
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torchrec import (
     EmbeddingBagCollection,
     EmbeddingBagConfig,
     EmbeddingCollection,
     EmbeddingConfig,
-    KeyedJaggedTensor,
     PoolingType,
 )
-from torchrec.distributed.types import Awaitable
 
-from longer_rec.batch import RequestBatch
 from longer_rec.config import Config
 from longer_rec.errors import ConfigError
-from longer_rec.schema import Feature, Schema
+from longer_rec.schema import Schema
+from longer_rec.sparse.lookup import Pooling, SparseTables
 
 ShardingName = Literal["table_wise", "row_wise", "column_wise", "data_parallel"]
 SparseOptimizerName = Literal["rowwise_adagrad", "adagrad", "sgd"]
-Pooling = Literal["sum", "mean"]
 Collection: TypeAlias = EmbeddingCollection | EmbeddingBagCollection
 TableConfig: TypeAlias = EmbeddingConfig | EmbeddingBagConfig
 KernelName = Literal["fused", "fused_uvm", "fused_uvm_caching", "key_value"]
@@ -114,115 +110,18 @@ def resolve_dims(schema: Schema, config: SparseConfig) -> dict[str, int]:
     return dims
 
 
-def _roles(schema: Schema) -> tuple[list[tuple[str, Feature]], list[tuple[str, Feature]]]:
-    """(key, feature) of the features looked up row by row, and of those that are pooled."""
-    rows = [(f"history.{feature.name}", feature) for feature in schema.history_features]
-    rows += [(f"candidates.{feature.name}", feature) for feature in schema.item_features]
-    rows += [(f"users.{feature.name}", feature) for feature in schema.user_features if not feature.multi_valued]
-    rows += [(f"instances.{feature.name}", feature) for feature in schema.instance_features]
-    pooled = [(f"users.{feature.name}", feature) for feature in schema.user_features if feature.multi_valued]
-    for key, feature in pooled:
-        sharers = [other for other, row_feature in rows if row_feature.table == feature.table]
-        if sharers:
-            raise ConfigError(f"multi-valued feature {key!r} and {sharers[0]!r} share table {feature.table!r}; a table "
+def _check_pooled(schema: Schema) -> None:
+    for table, keys in schema.pooled_keys.items():
+        if sharers := schema.row_keys.get(table):
+            raise ConfigError(f"multi-valued feature {keys[0]!r} and {sharers[0]!r} share table {table!r}; a table "
                               "is either pooled or looked up row by row: give the multi-valued feature its own table")
-    return rows, pooled
 
 
 def widths(schema: Schema, config: SparseConfig) -> dict[str, int]:
     """Embedding width E of each key that ``SparseTables.forward`` returns."""
     dims = resolve_dims(schema, config)
-    rows, pooled = _roles(schema)
-    return {key: dims[feature.table] for key, feature in rows + pooled}
-
-
-class SparseTables(nn.Module):
-    """All tables of a model.
-
-    ``ec`` holds one ``EmbeddingCollection`` for each width (TorchRec wants equal widths within one), under the name
-    ``dim16`` for width 16: history, candidate and single-valued user features. ``ebc`` pools the multi-valued user
-    features and is there only when the schema has some. Sharding replaces these collections in place; the
-    unsharded module is the meaning, the sharded one the speed.
-    """
-
-    def __init__(self, ec: nn.ModuleDict, ebc: EmbeddingBagCollection | None, pooling: Pooling = "mean") -> None:
-        super().__init__()
-        self.ec = ec
-        self.ebc = ebc
-        self.pooling = pooling
-        self._ec_keys = {path: _keys(table_configs(collection)) for path, collection in find_collections(ec).items()}
-        self._ebc_keys = _keys(table_configs(ebc)) if ebc is not None else []
-        # Set by sharding when a pooled table is split by rows: its reduce-scatter, under gloo, needs as many
-        # requests on every rank.
-        self.equal_requests = False
-
-    def forward(self, batch: RequestBatch) -> dict[str, Tensor]:
-        """Look up a whole batch at once.
-
-        Returns "history.<feature>" (T x E), "candidates.<feature>" (C x E), "users.<feature>" (B x E) and
-        "instances.<feature>" (N x E), rows in the order of the batch's ids. Every exchange is started before the first
-        is waited for, so that they overlap.
-        """
-        pending = {name: self.ec[name](_jagged(batch, keys)) for name, keys in self._ec_keys.items()}
-        pooled = self.ebc(self._pooled_ids(batch)) if self.ebc is not None else None
-        embedded: dict[str, Tensor] = {}
-        # Key by key: the order in which TorchRec returns them depends on the plan.
-        for name, collection in pending.items():
-            rows = collection.wait() if isinstance(collection, Awaitable) else collection
-            embedded.update({key: rows[key].values() for key in self._ec_keys[name]})
-        if pooled is not None:
-            keyed = pooled.wait() if isinstance(pooled, Awaitable) else pooled
-            embedded.update({key: self._pooled(keyed[key], batch, key) for key in self._ebc_keys})
-        return embedded
-
-    def _pooled(self, sum_BE: Tensor, batch: RequestBatch, key: str) -> Tensor:
-        """Cut the padding off, and divide by the number of ids for the mean; a request without ids stays 0."""
-        sum_BE = sum_BE[:batch.num_requests]
-        if self.pooling == "sum":
-            return sum_BE
-        # Here and not in TorchRec, whose mean is divided twice in a plan that mixes row_wise with other types (1.8).
-        return sum_BE / _ids(batch, key)[1].clamp(min=1).unsqueeze(1)
-
-    def _pooled_ids(self, batch: RequestBatch) -> KeyedJaggedTensor:
-        """Ids to pool; with ``equal_requests`` filled up with empty requests to the largest number on any rank."""
-        if not self.equal_requests:
-            return _jagged(batch, self._ebc_keys)
-        largest = torch.tensor(batch.num_requests, device=batch.history_length_B.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        # .item(): a host sync on GPUs, paid by plans with pooled row-wise tables alone.
-        return _jagged(batch, self._ebc_keys, num_empty=int(largest.item()) - batch.num_requests)
-
-
-def _keys(tables: Iterable[TableConfig]) -> list[str]:
-    return [key for table in tables for key in table.feature_names]
-
-
-def _ids(batch: RequestBatch, key: str) -> tuple[Tensor, Tensor]:
-    """Ids of a key, and their number per request."""
-    role, name = key.split(".", 1)
-    if role == "history":
-        return batch.history[name], batch.history_length_B
-    if role == "candidates":
-        return batch.candidates[name], batch.num_candidates_B
-    if role == "instances":
-        return batch.instances[name], batch.instances["length"]
-    return batch.users[name], batch.user_length_B[name]
-
-
-def _jagged(batch: RequestBatch, keys: list[str], num_empty: int = 0) -> KeyedJaggedTensor:
-    ids, lengths = zip(*(_ids(batch, key) for key in keys), strict=True)
-    # TorchRec cannot shape the lengths of no requests at all.
-    num_empty = max(num_empty, 1 - batch.num_requests)
-    padded = [nn.functional.pad(length_B, (0, num_empty)) for length_B in lengths] if num_empty else lengths
-    return KeyedJaggedTensor(keys=keys, values=torch.cat(ids), lengths=torch.cat(padded),
-                             stride=batch.num_requests + num_empty)
-
-
-def _by_table(roles: Iterable[tuple[str, Feature]]) -> dict[str, list[str]]:
-    keys: dict[str, list[str]] = {}
-    for key, feature in roles:
-        keys.setdefault(feature.table, []).append(key)
-    return keys
+    _check_pooled(schema)
+    return {key: dims[table] for table, keys in [*schema.row_keys.items(), *schema.pooled_keys.items()] for key in keys}
 
 
 def build_tables(schema: Schema, config: SparseConfig, device: torch.device | str = "meta") -> SparseTables:
@@ -231,17 +130,17 @@ def build_tables(schema: Schema, config: SparseConfig, device: torch.device | st
     Values are meaningless until ``initialize_tables`` has filled them. A table that no feature uses is left out.
     """
     dims, device = resolve_dims(schema, config), torch.device(device)
-    rows, pooled = _roles(schema)
+    _check_pooled(schema)
     by_dim: dict[int, list[EmbeddingConfig]] = {}
-    for table, keys in _by_table(rows).items():
+    for table, keys in schema.row_keys.items():
         by_dim.setdefault(dims[table], []).append(EmbeddingConfig(
             name=table, num_embeddings=schema.num_rows[table], embedding_dim=dims[table], feature_names=keys))
     bags = [EmbeddingBagConfig(name=table, num_embeddings=schema.num_rows[table], embedding_dim=dims[table],
                                feature_names=keys, pooling=PoolingType.SUM)
-            for table, keys in _by_table(pooled).items()]
+            for table, keys in schema.pooled_keys.items()]
     ec = nn.ModuleDict({f"dim{dim}": EmbeddingCollection(tables=by_dim[dim], device=device) for dim in sorted(by_dim)})
     ebc = EmbeddingBagCollection(tables=bags, device=device) if bags else None
-    return SparseTables(ec, ebc, config.pooling)
+    return SparseTables(schema, ec, ebc, config.pooling)
 
 
 def find_collections(module: nn.Module) -> Mapping[str, Collection]:

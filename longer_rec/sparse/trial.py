@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from longer_rec.batch import RequestBatch, concat_batches
+from longer_rec.batch import RequestBatch
 from longer_rec.runtime.cluster_check import all_to_all, exchange_s
 from longer_rec.schema import Feature, Schema, Table
 from longer_rec.sparse.init import initialize_tables
+from longer_rec.sparse.lookup import SparseTables
 from longer_rec.sparse.optimizers import apply_table_optimizer
 from longer_rec.sparse.planfile import SparsePlan
 from longer_rec.sparse.planner import place_table
@@ -33,7 +34,6 @@ from longer_rec.sparse.tables import (
     KernelName,
     ShardingName,
     SparseConfig,
-    SparseTables,
     build_tables,
     find_collections,
     table_configs,
@@ -83,8 +83,8 @@ def _trial(rank: int, world_size: int, device_name: str, pooled: bool, sharding_
     batches = [_batch(schema, other) for other in range(world_size)]
     worst = _compare(model, reference, batches, rank, device)
     apply_table_optimizer(reference.parameters(), config)
-    for tables, batch in ((model, batches[rank].to(device)), (reference, concat_batches(batches))):
-        torch.stack([value.square().sum() for value in tables(batch).values()]).sum().backward()
+    for tables, own in ((model, [batches[rank].to(device)]), (reference, batches)):
+        torch.stack([value.square().sum() for value in tables(*own).values()]).sum().backward()
     with torch.no_grad():
         for _, replica in in_backward_optimizer_filter(model.named_parameters()):
             replica.sub_(replica.grad, alpha=_LR * world_size)  # averaged by TorchRec, a sum is meant

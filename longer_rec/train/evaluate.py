@@ -16,7 +16,7 @@ from longer_rec.data.history import Dataset
 from longer_rec.data.loader import DataConfig, EvalLoader
 from longer_rec.data.raw import raw_request
 from longer_rec.errors import Preempted
-from longer_rec.job import Precision
+from longer_rec.job import TrainConfig
 from longer_rec.model.attention_profile import attention_mass
 from longer_rec.model.longer import LongerTower
 from longer_rec.ranker import Ranker
@@ -48,7 +48,7 @@ def metrics_of(scores: Scores | None, dataset: Dataset) -> dict[str, float]:
 
 
 @torch.no_grad()
-def gather_scores(ranker: Ranker, dataset: Dataset, split: str, config: DataConfig, world: World, precision: Precision,
+def gather_scores(ranker: Ranker, dataset: Dataset, split: str, config: DataConfig, world: World, train: TrainConfig,
                   max_requests: int | None = None, stop: StopSignal | None = None) -> Scores | None:
     """Scores of ``split``, 24 bytes a candidate, on rank 0 and None elsewhere; a collective call.
 
@@ -65,7 +65,7 @@ def gather_scores(ranker: Ranker, dataset: Dataset, split: str, config: DataConf
             _raise_if_stopped(stop, split, world)
         block, batch = next(blocks, (-1, None))
         batch = (batch or make_batch(dataset, np.empty(0, np.int64), max_events=config.max_events)).to(world.device)
-        with precision_context(precision, world.device):
+        with precision_context(train, ranker.tower, world.device):
             logit_CY = ranker(batch)
         if block >= 0:
             scored.append((block, _columns(batch, logit_CY)))
@@ -79,7 +79,7 @@ def gather_scores(ranker: Ranker, dataset: Dataset, split: str, config: DataConf
 
 @torch.no_grad()
 def profile_attention(ranker: Ranker, dataset: Dataset, split: str, config: DataConfig, world: World,
-                      precision: Precision) -> dict[str, Any] | None:
+                      train: TrainConfig) -> dict[str, Any] | None:
     """Where candidates of a fixed sample of requests, spread evenly over the split, look; a collective call.
 
     Shares of the attention by layer and head, ready for JSON, on rank 0 and of LONGER; None elsewhere.
@@ -100,7 +100,7 @@ def profile_attention(ranker: Ranker, dataset: Dataset, split: str, config: Data
         batch = make_batch(dataset, np.array(own, np.int64), max_events=config.max_events).to(world.device)
         lookup = ranker.lookup(batch)
         if own:
-            with precision_context(precision, world.device):
+            with precision_context(train, ranker.tower, world.device):
                 mass = attention_mass(tower, ranker.user_side(batch, lookup), ranker.candidate_side(batch, lookup),
                                       *map(torch.tensor, edges.values()))
             profiled.append((block, (batch.num_candidates, *(each.numpy(force=True) for each in mass))))

@@ -18,7 +18,7 @@ from longer_rec.data.history import Dataset
 from longer_rec.data.instance_sources import InstancesConfig
 from longer_rec.data.loader import DataConfig
 from longer_rec.errors import ConfigError, DataError, ServeError
-from longer_rec.job import Job, input_widths, source_config
+from longer_rec.job import Job, TrainConfig, input_widths, source_config
 from longer_rec.model.inputs import CandidateSide
 from longer_rec.model.state import split_state
 from longer_rec.ranker import Ranker
@@ -93,7 +93,7 @@ def check_auc_loss(auc_loss: float, options: ExportOptions) -> None:
 
 
 def _test_auc(bundle: Bundle, dataset: Dataset, config: DataConfig, world: World) -> float:
-    return metrics_of(gather_scores(bundle.ranker, dataset, "test", config, world, "fp32"), dataset)["auc"]
+    return metrics_of(gather_scores(bundle.ranker, dataset, "test", config, world, TrainConfig()), dataset)["auc"]
 
 
 def _manifest(job: Job, dataset: Dataset, step: int, options: ExportOptions) -> BundleManifest:

@@ -22,6 +22,7 @@ from longer_rec.sparse.optimizers import RankerOptimizer
 from longer_rec.sparse.planfile import SparsePlan
 from longer_rec.sparse.planner import build_plan
 from longer_rec.sparse.sharding import shard_ranker
+from longer_rec.train.precision import check_train_precision
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def parallelize(job: Job, dataset: Dataset, world: World) -> ParallelRanker:
     """Build, plan, shard, fill. Tables and tower start as functions of the seed alone; a collective call."""
     # 1. Tables on the meta device, for no rank ever holds all of them, and the tower, the same on every rank.
     ranker = build_ranker(job, dataset.schema, world.device)
+    torch.backends.cuda.matmul.allow_tf32 = job.train.tf32
     # 2. Rank 0 plans for all; the plan covers every table.
     plan = on_main(lambda: plan_tables(ranker, job, dataset, world, forecast=True))
     # 3. Tables sharded with their update rule inside backward; the tower stays replicated, its gradients ours.
@@ -76,6 +78,7 @@ def check_job(job: Job, dataset: Dataset, world: World) -> None:
             check_portable_kernels(world.device)
         with torch.device("meta"):
             ranker = build_ranker(job, dataset.schema, torch.device("meta"))
+        check_train_precision(job.train, ranker.tower, world.device)
         on_main(lambda: plan_tables(ranker, job, dataset, world))
     except ConfigError as error:
         raise ConfigError(f"{job.name}: {error}") from None

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from longer_rec.batch import RequestBatch, concat_batches
-from longer_rec.elastic.step import cut_lookup, split_rows
+from longer_rec.batch import RequestBatch
+from longer_rec.elastic.step import cut_lookup, worker_leaves
 from longer_rec.train.trainer import Trainer
 
 _SHOWN = 5
@@ -18,9 +18,10 @@ def replay_step(trainer: Trainer) -> list[str]:
     In the order of the computation: weights, table rows, logits (by request), loss, gradients.
     """
     batches = [batch.to(trainer.world.device) for batch in trainer.loader(1).make_step(trainer.step)]
-    rows, _ = cut_lookup(trainer.parallel.ranker.lookup(concat_batches(batches)))
+    ranker = trainer.parallel.ranker
+    rows, _ = cut_lookup(ranker.receive(ranker.send(batches)))
     lines = _weights(trainer.parallel.optimizer.tower)
-    for worker, batch, leaves in zip(trainer.workers, batches, split_rows(rows, batches), strict=True):
+    for worker, batch, leaves in zip(trainer.workers, batches, worker_leaves(rows, batches), strict=True):
         lines += [f"worker {worker}: {line}" for line in _replay_worker(trainer, worker, batch, leaves)]
     return lines
 
@@ -56,13 +57,11 @@ def _weights(parameters: Mapping[str, nn.Parameter]) -> list[str]:
 
 
 def _rows_not_finite(batch: RequestBatch, leaves: Mapping[str, Tensor]) -> list[str]:
-    ids = {**{f"history.{name}": value for name, value in batch.history.items()},
-           **{f"candidates.{name}": value for name, value in batch.candidates.items()}}
     lines = []
     for key, value in leaves.items():
         bad = ~torch.isfinite(value).all(dim=1)
         if bool(bad.any()):
-            rows = f"; ids {_some(ids[key][bad])}" if key in ids else ""
+            rows = f"; ids {_some(batch.distinct[key][bad])}" if key in batch.distinct else ""
             lines.append(f"looked-up rows of {key}: {int(bad.sum())} of {len(bad)}{rows}")
     return lines
 

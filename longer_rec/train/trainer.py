@@ -5,13 +5,14 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from longer_rec.batch import RequestBatch, concat_batches
+from longer_rec.batch import RequestBatch
 from longer_rec.checkpoint.manager import CheckpointManager
 from longer_rec.data.history import Dataset
 from longer_rec.data.loader import TrainLoader
@@ -22,8 +23,8 @@ from longer_rec.elastic.step import (
     cut_lookup,
     flatten_gradients,
     keep_gradients,
-    split_rows,
     unflatten_gradients,
+    worker_leaves,
 )
 from longer_rec.errors import CheckpointError, DataError, LongerRecError, Preempted
 from longer_rec.job import Job, source_config
@@ -33,12 +34,14 @@ from longer_rec.runtime.distributed import World, on_main
 from longer_rec.runtime.machine import numerics
 from longer_rec.runtime.preemption import StopSignal
 from longer_rec.runtime.profiling import StepClock
+from longer_rec.sparse.lookup import SentIds, spread
 from longer_rec.sparse.optimizers import warmup_cosine
 from longer_rec.train.digests import state_digests
 from longer_rec.train.evaluate import Scores, gather_scores, metrics_of, profile_attention
 from longer_rec.train.log import RunLog
 from longer_rec.train.parallelize import ParallelRanker
-from longer_rec.train.precision import precision_context
+from longer_rec.train.precision import LossScale, precision_context
+from longer_rec.train.rates import Rates
 
 _log = logging.getLogger(__name__)
 
@@ -79,8 +82,10 @@ class Trainer:
         self.skipped_steps = 0
         self.always_strict = job.elastic.is_strict
         self.elapsed_s = 0.0
-        self._tallied = (0, 0, 0)
         self._saved: Mapping[str, Any] | None = None  # of the checkpoint that this start continues
+        self._rates = Rates(job, dataset.schema, world.device)
+        self.loss_scale = LossScale(job.train)
+        self._sent: SentIds | None = None
 
     @property
     def num_steps(self) -> int:
@@ -96,12 +101,12 @@ class Trainer:
                            user_order=source is not None and source.order == "user",
                            reverse_second_pass=source is not None and source.reverse_second_pass)
 
-    def train_step(self, batches: list[RequestBatch]) -> StepResult:
-        """One batch of every own logical worker.
+    def train_step(self, batches: list[RequestBatch], upcoming: list[RequestBatch] | None = None) -> StepResult:
+        """One batch of every own logical worker; the ids of the ``upcoming`` step travel meanwhile.
 
         One sparse lookup for all of them; the tower forward and backward worker by worker; their dense gradients
         through the tree; then, if every number on every rank is finite, one backward through the lookup (one fused
-        update of the tables) and one dense step.
+        update of the tables) and one dense step. Rows of the upcoming step are read after that, in its own lookup.
         """
         ranker, optimizer = self.parallel.ranker, self.parallel.optimizer
         tower_parameters = self.parallel.tower_parameters
@@ -109,26 +114,34 @@ class Trainer:
                                               self.job.schedule.final_factor))
         optimizer.zero_grad()
         with self.clock.part("time_lookup_s"):
-            rows, tables = cut_lookup(ranker.lookup(concat_batches(batches)))
+            sent, self._sent = self._sent or ranker.send(batches), None
+            assert all(own is given for own, given in zip(sent.batches, batches, strict=True))
+            rows, tables = cut_lookup(ranker.receive(sent))
+            if upcoming is not None:
+                self._sent = ranker.send(upcoming)
         tree = SubtreeStack()
         with self.clock.part("time_tower_s"):
-            for worker, batch, leaves in zip(self.workers, batches, split_rows(rows, batches), strict=True):
+            for worker, batch, leaves in zip(self.workers, batches, worker_leaves(rows, batches), strict=True):
                 _, loss = self.worker_backward(worker, batch, leaves)
                 # What all ranks must agree on travels behind the gradients.
-                scalars = [loss, keep_gradients(leaves), loss.new_tensor(self.stop.received)]
+                scalars = [loss, keep_gradients(leaves, self.loss_scale.value), loss.new_tensor(self.stop.received)]
                 tree.push(worker, flatten_gradients(tower_parameters, scalars))
         with self.clock.part("time_reduce_s"):
+            if self._sent is not None:
+                self._sent.post()
             total = tree_all_reduce(tree, self.assignment)
             loss, sparse_norm, num_stopping = unflatten_gradients(total, tower_parameters)
-            grad_norm = total[:-len(scalars)].norm()
+            gradient = total[:-len(scalars)].div_(self.loss_scale.value)
+            grad_norm = gradient.norm()
             # .tolist(): a host sync a step, the price of deciding on every rank alike before anything is updated.
             result = StepResult(*torch.stack([loss, grad_norm, sparse_norm.sqrt(), num_stopping]).tolist())
         if result.finite:
             with self.clock.part("time_sparse_s"):
                 backward_through_lookup(tables, rows)
             with self.clock.part("time_dense_s"):
-                total.mul_(min(1.0, self.job.train.clip_norm / (result.grad_norm + 1e-6)))
+                gradient.mul_(min(1.0, self.job.train.clip_norm / (result.grad_norm + 1e-6)))
                 optimizer.step()
+        self.loss_scale.update(result.finite)
         return result
 
     def worker_backward(self, worker: int, batch: RequestBatch, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -137,11 +150,12 @@ class Trainer:
         Dropout draws from a generator that depends on (seed, step, worker) alone.
         """
         torch.manual_seed(derive_seed(self.job.seed, "dropout", self.step, worker))
-        with precision_context(self.job.train.precision, self.world.device):
-            logit_CY = self.parallel.ranker.logits(batch, leaves)
+        ranker = self.parallel.ranker
+        with precision_context(self.job.train, ranker.tower, self.world.device):
+            logit_CY = ranker.logits(batch, spread(batch, leaves, ranker.schema))
         loss = binary_cross_entropy_with_logits(logit_CY.float(), batch.label_CY) / self.num_workers
         if loss.requires_grad:
-            loss.backward()
+            (loss * self.loss_scale.value).backward()
         return logit_CY, loss
 
     def fit(self, checkpoints: CheckpointManager, log: RunLog | None) -> None:
@@ -156,9 +170,11 @@ class Trainer:
         try:
             with TrainProgress(self.job.name, self.num_steps, self.step, enabled=self.world.is_main) as progress:
                 self.clock.take()
-                for batches in loader:
-                    self.clock.add("time_data_s", loader.wait_s)
-                    self._fit_step(batches, checkpoints, log, progress)
+                steps = ([batch.to(self.world.device, non_blocking=True) for batch in own] for own in loader)
+                for batches, upcoming in pairwise(chain(steps, [None])):
+                    self.clock.add("time_data_s", loader.take_wait())
+                    assert batches is not None
+                    self._fit_step(batches, upcoming, checkpoints, log, progress)
                     self._note_pause(log)
         except LongerRecError:
             checkpoints.wait()  # not after an error of the process group: a lost rank's part would never come
@@ -167,13 +183,14 @@ class Trainer:
         self._note_pause(log)
         self.elapsed_s += self.clock.take()[1]
 
-    def _fit_step(self, batches: list[RequestBatch], checkpoints: CheckpointManager, log: RunLog | None,
-                  progress: TrainProgress) -> None:
+    def _fit_step(self, batches: list[RequestBatch], upcoming: list[RequestBatch] | None,
+                  checkpoints: CheckpointManager, log: RunLog | None, progress: TrainProgress) -> None:
         cadence = self.job.train
-        result = self.train_step([batch.to(self.world.device) for batch in batches])
+        result = self.train_step(batches, upcoming)
         self.step += 1
         self._count_bad(result)
-        self._tally(batches)
+        if log is not None:
+            self._rates.add(batches)
         self._write_digests(log)
         evaluates = self.step % cadence.eval_every == 0
         saves = self.step % cadence.checkpoint_every == 0 or self.step == self.num_steps
@@ -202,6 +219,7 @@ class Trainer:
                 "elapsed_s": self.elapsed_s, "bad_steps": self.bad_steps, "skipped_steps": self.skipped_steps,
                 "num_workers": self.num_workers, "world_size": self.world.size, "name": self.job.name,
                 "always_strict": self.always_strict,
+                "loss_scale": self.loss_scale.value, "loss_scale_steps": self.loss_scale.good_steps,
                 "data_fingerprint": self.dataset.fingerprint, "numerics": self._numerics(),
                 "saved": datetime.datetime.now(datetime.UTC).isoformat()})
 
@@ -222,6 +240,8 @@ class Trainer:
         self.step, self.elapsed_s = extra["step"], extra["elapsed_s"]
         self._saved = extra
         self.bad_steps, self.skipped_steps = extra["bad_steps"], extra["skipped_steps"]
+        if self.loss_scale.dynamic:
+            self.loss_scale.value, self.loss_scale.good_steps = extra["loss_scale"], extra["loss_scale_steps"]
         return True
 
     def _numerics(self) -> dict[str, Any]:
@@ -262,23 +282,14 @@ class Trainer:
             if log is not None:
                 log.write_digests(self.step, digests)
 
-    def _tally(self, batches: list[RequestBatch]) -> None:
-        self._tallied = tuple(
-            tally + sum(getattr(batch, name) for batch in batches)
-            for tally, name in zip(self._tallied, ("num_requests", "num_candidates", "num_events"), strict=True))
-
     def _log_step(self, log: RunLog | None, progress: TrainProgress, result: StepResult) -> None:
-        """Rates are rank 0's own counts scaled to all workers: no collective call for a log line."""
         parts, elapsed = self.clock.take()
-        scale = self.num_workers / len(self.workers) / elapsed
-        requests, candidates, events = (count * scale for count in self._tallied)
-        self._tallied = (0, 0, 0)
         self.elapsed_s += elapsed
         if log is None:
             return
+        rates = self._rates.take(elapsed, parts["time_tower_s"], len(self.workers) / self.num_workers)
         values = {"loss": result.loss, "grad_norm": result.grad_norm, "sparse_grad_norm": result.sparse_grad_norm,
-                  **{f"{name}_lr": lr for name, lr in self.parallel.optimizer.learning_rates().items()},
-                  "requests_per_s": requests, "candidates_per_s": candidates, "events_per_s": events,
+                  **{f"{name}_lr": lr for name, lr in self.parallel.optimizer.learning_rates().items()}, **rates,
                   "skipped_steps": self.skipped_steps, "elapsed_s": self.elapsed_s, **parts}
         log.write("train", self.step, values)
         progress.update(self.step, values)
@@ -302,9 +313,9 @@ class Trainer:
         Of a whole split it ends with ``Preempted`` when a signal comes: nothing would be lost.
         """
         return gather_scores(self.parallel.ranker, self.dataset, split, self.job.data, self.world,
-                             self.job.train.precision, max_requests, self.stop if max_requests is None else None)
+                             self.job.train, max_requests, self.stop if max_requests is None else None)
 
     def profile_attention(self, split: str) -> dict[str, Any] | None:
         """Where candidates look, on rank 0; a collective call."""
         return profile_attention(self.parallel.ranker, self.dataset, split, self.job.data, self.world,
-                                 self.job.train.precision)
+                                 self.job.train)

@@ -5,13 +5,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from longer_rec.batch import RequestBatch, concat_batches
+from longer_rec.batch import RequestBatch
 from longer_rec.runtime.distributed import World
 from longer_rec.sparse.init import initialize_tables
+from longer_rec.sparse.lookup import SparseTables
 from longer_rec.sparse.optimizers import DenseOptimizerConfig, RankerOptimizer, apply_table_optimizer
 from longer_rec.sparse.planner import build_plan
 from longer_rec.sparse.sharding import shard_ranker
-from longer_rec.sparse.tables import SparseConfig, SparseTables, build_tables
+from longer_rec.sparse.tables import SparseConfig, build_tables
 from tests.reference.batches import SCHEMA, random_batch
 from tests.reference.ranks import run_ranks
 
@@ -84,7 +85,7 @@ def train_sharded(rank: int, world_size: int, config: SparseConfig, workers: int
     for step in range(steps):
         batches = [worker_batch(step, worker) for worker in mine]
         optimizer.set_lr_factor(1.0 / (1 + step))
-        embedded = model(concat_batches(batches))
+        embedded = model(*batches)
         outputs.update({f"output {step} {key}": value.detach().clone() for key, value in embedded.items()})
         backward(embedded, [100 * step + worker for worker in mine], batches)
         optimizer.step()
@@ -101,7 +102,7 @@ def train_unsharded(config: SparseConfig, workers: int, steps: int) -> dict[str,
             for group in parameter._in_backward_optimizers[0].param_groups:
                 group["lr"] = config.lr / (1 + step)
         batches = [worker_batch(step, worker) for worker in range(workers)]
-        embedded = tables(concat_batches(batches))
+        embedded = tables(*batches)
         outputs.update({f"output {step} {key}": value.detach().clone() for key, value in embedded.items()})
         backward(embedded, [100 * step + worker for worker in range(workers)], batches)
     return {**outputs, **full_tables(tables)}

@@ -19,7 +19,8 @@ from tests.reference.ranks import run_ranks
 TINY = ("train.epochs=0.05", "train.checkpoint_every=2", "train.log_every=2", "data.max_events=20",
         "model.num_queries=10", "elastic.num_workers=1")
 CONFIG = Path(__file__).parents[2] / "configs" / "synthetic_debug.yaml"
-TIMES = ("elapsed_s", "requests_per_s", "candidates_per_s", "events_per_s", "train_s")
+TIMES = ("elapsed_s", "requests_per_s", "candidates_per_s", "events_per_s", "train_s", "mfu", "mfu_tower",
+         "tower_gflops")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,176 @@
+"""The one lookup of a step: each distinct id of a logical worker once, for all own workers together.
+
+It has two halves. ``send`` needs ids alone, so those of the next step travel while the tower computes; ``receive``
+reads the rows, which the last step's update must have reached.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingCollection, KeyedJaggedTensor
+from torchrec.distributed.types import Awaitable, ShardedModule
+
+from longer_rec.batch import RequestBatch, deduplicate
+from longer_rec.schema import Schema
+
+Pooling = Literal["sum", "mean"]
+
+
+class Travelling:
+    """Ids of one collection on their way to the ranks that hold the rows; every method is a collective call."""
+
+    def __init__(self, collection: nn.Module, ids: KeyedJaggedTensor) -> None:
+        self._collection, self._ids = collection, ids
+        if isinstance(collection, ShardedModule):
+            self._context = collection.create_context()
+            self._sizes = collection.input_dist(self._context, ids)
+
+    def post(self) -> None:
+        """All ranks know how many ids they get: send them."""
+        if isinstance(self._collection, ShardedModule):
+            self._sent = self._sizes.wait()
+
+    def rows(self) -> Any:
+        """Read the rows, and start them on their way back."""
+        if isinstance(self._collection, ShardedModule):
+            return self._collection.compute_and_output_dist(self._context, self._sent.wait())
+        return self._collection(self._ids)
+
+
+class SentIds:
+    """All ids of a step on their way; ``batches`` are those of the own workers that they are from."""
+
+    def __init__(self, batches: Sequence[RequestBatch], travelling: dict[str, Travelling]) -> None:
+        self.batches, self.travelling = batches, travelling
+        self._posted = False
+
+    def post(self) -> None:
+        """The second half of the way, which waits for no rank once it has sent; a second call does nothing."""
+        if not self._posted:
+            for each in self.travelling.values():
+                each.post()
+        self._posted = True
+
+
+class SparseTables(nn.Module):
+    """All tables of a model.
+
+    ``ec`` holds one ``EmbeddingCollection`` for each width (TorchRec wants equal widths within one), under the name
+    ``dim16`` for width 16: history, candidate and single-valued user features. ``ebc`` pools the multi-valued user
+    features and is there only when the schema has some. Sharding replaces these collections in place; the unsharded
+    module is the meaning, the sharded one the speed.
+    """
+
+    def __init__(self, schema: Schema, ec: nn.ModuleDict, ebc: EmbeddingBagCollection | None, pooling: Pooling = "mean"
+                 ) -> None:
+        super().__init__()
+        self.schema = schema
+        self.ec = ec
+        self.ebc = ebc
+        self.pooling = pooling
+        self._tables = {name: {table.name: table.feature_names
+                               for table in cast(EmbeddingCollection, collection).embedding_configs()}
+                        for name, collection in ec.items()}
+        self._pooled_keys = [key for keys in schema.pooled_keys.values() for key in keys]
+        # Set by sharding when a pooled table is split by rows: its reduce-scatter, under gloo, needs as many
+        # requests on every rank.
+        self.equal_requests = False
+
+    def forward(self, *batches: RequestBatch) -> dict[str, Tensor]:
+        """Embeddings of workers' batches, one after the other, by key.
+
+        "history.<feature>" (T x E), "candidates.<feature>" (C x E) and "users.<feature>" (B x E), rows in the order of
+        the batches' ids.
+        """
+        sent = self.send(batches)
+        workers = split_rows(self.receive(sent), sent.batches)
+        parts = [spread(batch, rows, self.schema) for batch, rows in zip(sent.batches, workers, strict=True)]
+        return {key: torch.cat([part[key] for part in parts]) if parts[1:] else value
+                for key, value in parts[0].items()}
+
+    def send(self, batches: Sequence[RequestBatch]) -> SentIds:
+        """Tell the other ranks how many ids each gets."""
+        batches = [batch if batch.distinct else deduplicate(batch, self.schema) for batch in batches]
+        travelling = {name: Travelling(self.ec[name], _distinct_ids(batches, tables))
+                      for name, tables in self._tables.items()}
+        if self.ebc is not None:
+            travelling["ebc"] = Travelling(self.ebc, self._pooled_ids(batches))
+        return SentIds(batches, travelling)
+
+    def receive(self, sent: SentIds) -> dict[str, Tensor]:
+        """Rows of each table's distinct ids, worker after worker, and of each pooled key's requests.
+
+        Every exchange is started before the first is waited for, so that they overlap.
+        """
+        sent.post()
+        pending = {name: each.rows() for name, each in sent.travelling.items()}
+        rows: dict[str, Tensor] = {}
+        # Key by key: the order in which TorchRec returns them depends on the plan.
+        for name, tables in self._tables.items():
+            found = _wait(pending[name])
+            rows.update({table: found[keys[0]].values() for table, keys in tables.items()})
+        if self.ebc is not None:
+            keyed = _wait(pending["ebc"])
+            rows.update({key: self._pooled(keyed[key], sent.batches, key) for key in self._pooled_keys})
+        return rows
+
+    def _pooled(self, sum_BE: Tensor, batches: Sequence[RequestBatch], key: str) -> Tensor:
+        """Cut the padding off, and divide by the number of ids for the mean; a request without ids stays 0."""
+        length_B = _user_lengths(batches, key)
+        sum_BE = sum_BE[:length_B.numel()]
+        if self.pooling == "sum":
+            return sum_BE
+        # Here and not in TorchRec, whose mean is divided twice in a plan that mixes row_wise with other types (1.8).
+        return sum_BE / length_B.clamp(min=1).unsqueeze(1)
+
+    def _pooled_ids(self, batches: Sequence[RequestBatch]) -> KeyedJaggedTensor:
+        """Ids to pool; with ``equal_requests`` filled up with empty requests to the largest number on any rank."""
+        num_requests = largest = sum(batch.num_requests for batch in batches)
+        if self.equal_requests:
+            everyone = torch.tensor(num_requests, device=batches[0].history_length_B.device)
+            dist.all_reduce(everyone, op=dist.ReduceOp.MAX)
+            # .item(): a host sync on GPUs, paid by plans with pooled row-wise tables alone.
+            largest = int(everyone.item())
+        # TorchRec cannot shape the lengths of no requests at all.
+        num_empty = max(largest, 1) - num_requests
+        lengths = [nn.functional.pad(_user_lengths(batches, key), (0, num_empty)) for key in self._pooled_keys]
+        return KeyedJaggedTensor(keys=self._pooled_keys, lengths=torch.cat(lengths), stride=num_requests + num_empty,
+                                 values=torch.cat([batch.ids(key) for key in self._pooled_keys for batch in batches]))
+
+
+def spread(batch: RequestBatch, rows: Mapping[str, Tensor], schema: Schema) -> dict[str, Tensor]:
+    """The embeddings of one worker's features, by key, from the rows of its distinct ids."""
+    embedded = {key: rows[table].index_select(0, batch.place[key])
+                for table, keys in schema.row_keys.items() for key in keys}
+    return {**embedded, **{key: rows[key] for keys in schema.pooled_keys.values() for key in keys}}
+
+
+def split_rows(rows: dict[str, Tensor], batches: Sequence[RequestBatch]) -> list[dict[str, Tensor]]:
+    """Each worker's slices of what ``receive`` returned."""
+    slices = {name: value.split([batch.distinct[name].numel() if name in batch.distinct else batch.num_requests
+                                 for batch in batches]) for name, value in rows.items()}
+    return [{name: parts[worker] for name, parts in slices.items()} for worker in range(len(batches))]
+
+
+def _distinct_ids(batches: Sequence[RequestBatch], tables: dict[str, list[str]]) -> KeyedJaggedTensor:
+    """Distinct ids of each table under its first key, a worker where TorchRec thinks of a request."""
+    keys, values, lengths = [], [], []
+    for table, names in tables.items():
+        values += [batch.distinct[table] for batch in batches]
+        for key in names:
+            keys.append(key)
+            lengths += [batch.distinct[table].numel() * (key == names[0]) for batch in batches]
+    return KeyedJaggedTensor(keys=keys, values=torch.cat(values), stride=len(batches),
+                             lengths=torch.tensor(lengths, device=values[0].device))
+
+
+def _user_lengths(batches: Sequence[RequestBatch], key: str) -> Tensor:
+    name = key.partition(".")[2]
+    return torch.cat([batch.user_length_B[name] for batch in batches])
+
+
+def _wait(pending: Any) -> Any:
+    return pending.wait() if isinstance(pending, Awaitable) else pending
