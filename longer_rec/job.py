@@ -15,6 +15,7 @@ from longer_rec.data.instance_sources import BatchInstances, read_instances
 from longer_rec.data.loader import DataConfig
 from longer_rec.data.replay import replay_lookups
 from longer_rec.elastic.assignment import ElasticConfig, resolve_num_workers
+from longer_rec.model.attention_plan import AttentionPath
 from longer_rec.model.compressor import CompressConfig
 from longer_rec.model.inputs import InputWidths, InstanceWidths
 from longer_rec.model.precision import Precision
@@ -52,6 +53,7 @@ class TrainConfig(Config):
     precision: Precision | dict[str, Precision] = pydantic.Field(
         "fp32", description="of the tower's matmuls; or by part, such as {default: fp32, merge: bf16}")
     tf32: bool = pydantic.Field(False, description="fp32 matmuls on a GPU with 10 bits of mantissa")
+    attention: AttentionPath = pydantic.Field("grouped", description="flex: packed, without padding, on a GPU")
     recompute: tuple[str, ...] = pydantic.Field((), description="parts of the tower that keep no activations")
     clip_norm: float = pydantic.Field(1.0, gt=0, description="bound on the norm of the dense gradient")
     max_bad_steps: int = pydantic.Field(10, ge=1, description="non-finite steps in a row before the run is given up")

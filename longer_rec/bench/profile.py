@@ -6,18 +6,15 @@ that those calls made.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import wraps
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 import pydantic
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from longer_rec.batch import RequestBatch
 from longer_rec.config import Config
@@ -25,10 +22,11 @@ from longer_rec.errors import ConfigError
 from longer_rec.job import Job
 from longer_rec.model.longer import LongerTower
 from longer_rec.model.precision import DTYPES
-from longer_rec.model.tower import AnyTower
+from longer_rec.model.profile import REST, named_parts, part_times
 from longer_rec.report.numbers import MISSING, format_bytes
 from longer_rec.report.terminal import make_console, make_table
 from longer_rec.runtime.peak import measured_peak
+from longer_rec.runtime.profiling import quiet_profiler
 from longer_rec.runtime.supervisor import supervise
 from longer_rec.sparse.tables import widths
 from longer_rec.train.rates import FORWARD_AND_BACKWARD, batch_flops, part_flops
@@ -37,9 +35,7 @@ from longer_rec.train.trainer import Trainer
 
 _TITLES = {"time_data_s": "waiting for data", "time_lookup_s": "lookup", "time_tower_s": "tower",
            "time_reduce_s": "reduction", "time_sparse_s": "table update", "time_dense_s": "dense update"}
-_BACKWARD = "autograd::engine::evaluate_function"
-_PART = "part of the tower: "
-_REST = "rest of the tower"
+_LOOKUP = ("all-to-all", "reading rows")
 Batches = list[RequestBatch]
 
 
@@ -101,16 +97,17 @@ def _profile_rank(job: Job, options: ProfileOptions, out: Path) -> None:
         timed = [next(steps) for _ in range(options.steps)]
         seconds, elapsed = trainer.clock.take()
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if trainer.world.device.type == "cuda" else [])]
-        with named_parts(trainer.parallel.ranker.tower), profile(activities=kinds, acc_events=True) as traced:
+        tower = trainer.parallel.ranker.tower
+        with quiet_profiler(), named_parts(tower), profile(activities=kinds, acc_events=True) as traced:
             for _ in steps:
                 pass
         if trainer.world.is_main:
             traced.export_chrome_trace(str(out / "trace.json"))
             per_step = {name: value / options.steps for name, value in seconds.items()}
-            rows = _rows(trainer, per_step, elapsed / options.steps, tower_shares(list(traced.events())), timed)
-            precision = job.train.precision
+            shares = {"time_lookup_s": _lookup_times(traced), "time_tower_s": part_times(traced, "time_tower_s")}
+            rows = _rows(trainer, per_step, elapsed / options.steps, shares, timed)
             title = (f"{job.name}: a step of {1e3 * elapsed / options.steps:.1f} ms; {trainer.world.size} ranks of "
-                     f"{torch.get_num_threads()} threads, {len(trainer.workers)} workers each, {precision}")
+                     f"{torch.get_num_threads()} threads, {len(trainer.workers)} workers each, {job.train.precision}")
             (out / "profile.json").write_text(json.dumps({"title": title, "rows": [asdict(row) for row in rows]},
                                                          indent=2), encoding="utf-8")
 
@@ -134,65 +131,18 @@ def _steps(trainer: Trainer, count: int) -> Iterator[Batches]:
         yield batches
 
 
-@contextmanager
-def named_parts(tower: AnyTower) -> Iterator[None]:
-    """Calls of the parts' methods appear under their part in what a profiler records; towers without parts do not."""
-    replaced: list[tuple[Any, str, Any]] = []
-    for part, methods in tower.parts().items() if isinstance(tower, LongerTower) else ():
-        for module, method in methods:
-            replaced.append((module, method, vars(module).get(method)))
-            setattr(module, method, _recorded(getattr(module, method), _PART + part))
-    try:
-        yield
-    finally:
-        for module, method, before in replaced:
-            delattr(module, method) if before is None else setattr(module, method, before)
+def _lookup_times(traced: profile) -> dict[str, float]:
+    """Microseconds of waiting for other ranks' ids and rows, and of the rest of the lookup."""
+    spans = {name: [(event.time_range.start, event.time_range.end) for event in traced.events() or []
+                    if event.name == name] for name in ("time_lookup_s", "exchange")}
+    whole = sum(end - start for start, end in spans["time_lookup_s"])
+    waited = sum(end - start for start, end in spans["exchange"]
+                 if any(first <= start < last for first, last in spans["time_lookup_s"]))
+    return dict(zip(_LOOKUP, (waited, whole - waited), strict=True))
 
 
-def _recorded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    @wraps(function)
-    def recorded(*arguments: Any) -> Any:
-        with record_function(name):
-            return function(*arguments)
-
-    return recorded
-
-
-def tower_shares(events: Sequence[Any]) -> dict[str, float]:
-    """Microseconds of each part of the tower, forward and backward, from a profiler's events.
-
-    An autograd node belongs to the part whose call made it: both carry the same sequence number. Recomputation runs
-    within the backward pass, and is in that.
-    """
-    spent: dict[str, float] = {}
-    made_by: dict[int, str] = {}
-    part, part_end, backward_end, tower_end = _REST, 0.0, 0.0, 0.0
-    for event in sorted(events, key=lambda each: each.time_range.start):
-        start, end = event.time_range.start, event.time_range.end
-        if event.name == "time_tower_s":
-            tower_end = end
-            spent[_REST] = spent.get(_REST, 0.0) + end - start
-        elif start >= tower_end:
-            continue
-        elif event.name.startswith(_PART) and start >= backward_end:
-            part, part_end = event.name.removeprefix(_PART), end
-            _move(spent, part, end - start)
-        elif event.name.startswith(_BACKWARD) and start >= backward_end:
-            backward_end = end
-            _move(spent, made_by.get(event.sequence_nr, _REST), end - start)
-        elif event.sequence_nr >= 0 and start >= backward_end:
-            made_by[event.sequence_nr] = part if start < part_end else _REST
-    return spent
-
-
-def _move(spent: dict[str, float], part: str, elapsed: float) -> None:
-    """From the rest of the tower, where all of it is at first."""
-    spent[_REST] -= elapsed
-    spent[part] = spent.get(part, 0.0) + elapsed
-
-
-def _rows(trainer: Trainer, seconds: Mapping[str, float], elapsed: float, shares: Mapping[str, float],
-          steps: Sequence[Batches]) -> list[Row]:
+def _rows(trainer: Trainer, seconds: Mapping[str, float], elapsed: float,
+          shares: Mapping[str, Mapping[str, float]], steps: Sequence[Batches]) -> list[Row]:
     job, schema = trainer.job, trainer.dataset.schema
     flops: dict[str, float] = {}
     if isinstance(trainer.parallel.ranker.tower, LongerTower):
@@ -215,10 +165,10 @@ def _rows(trainer: Trainer, seconds: Mapping[str, float], elapsed: float, shares
         spent_s = seconds.get(name, 0.0)
         num_bytes = {"time_lookup_s": sent[0], "time_sparse_s": sent[1]}.get(name)
         rows.append(row(title, spent_s, title, num_bytes))
-        if name == "time_tower_s" and shares:
-            whole = sum(shares.values())
-            known = [part for part in (*flops, _REST) if part in shares]
-            rows += [row(f"  {part}", spent_s * shares[part] / whole, part) for part in known]
+        inside = shares.get(name, {})
+        whole = sum(inside.values())
+        rows += [row(f"  {part}", spent_s * inside[part] / whole, part)
+                 for part in (*_LOOKUP, *flops, REST) if part in inside and len(inside) > 1]
     rest_s = elapsed - sum(seconds.values())
     return [*rows, Row("everything else", 1e3 * rest_s, rest_s / elapsed),
             row("the whole step", elapsed, "tower")]

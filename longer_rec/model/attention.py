@@ -18,14 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longer_rec.model.attention_flex import RangePlan, attend_ranges
 from longer_rec.model.attention_plan import AttentionPlan, Group, plan_attention
 
 
-def attend(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+def attend(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, plan: AttentionPlan | RangePlan
+           ) -> tuple[Tensor, Tensor]:
     """Softmax attention of packed queries over their request's packed keys: output Q x H x E, log-sum-exp Q x H.
 
     A query without keys gives output 0 and log-sum-exp -inf.
     """
+    if isinstance(plan, RangePlan):
+        return attend_ranges(query_QHE, key_SHE, value_SHE, plan)
     return _Attention.apply(query_QHE, key_SHE, value_SHE, plan)
 
 

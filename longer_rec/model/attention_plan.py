@@ -6,9 +6,13 @@ pass per request pays for a dozen small kernels each. Groups of similar requests
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from longer_rec.errors import ConfigError
+from longer_rec.model.attention_flex import RangePlan, plan_ranges
 
 # What one more group costs (its dozen kernel calls, forward and backward), in elements of the score matrix. Between 10
 # and 20 thousand is best for histories of 0 - 1000 events and 5 - 500 candidates: 31 ms for the four attentions of a
@@ -46,13 +50,29 @@ class AttentionPlan:
     causal: bool
 
 
+AttentionPath = Literal["grouped", "flex"]
+_PATH: list[AttentionPath] = ["grouped"]
+
+
+def use_attention(path: AttentionPath, device: torch.device) -> None:
+    """How this process computes attention from now on: in padded groups, or by ``attention_flex``, on a GPU.
+
+    ``ConfigError`` where the device lacks it.
+    """
+    if path == "flex" and device.type != "cuda":
+        raise ConfigError("train.attention=flex needs a GPU: on a CPU it has no backward pass; use grouped")
+    _PATH[0] = path
+
+
 def plan_attention(query_length_B: Tensor, key_length_B: Tensor, num_heads: int, causal: bool,
-                   position_Q: Tensor | None = None, first_Q: Tensor | None = None) -> AttentionPlan:
+                   position_Q: Tensor | None = None, first_Q: Tensor | None = None) -> AttentionPlan | RangePlan:
     """Group requests so that padding costs less than the calls it saves.
 
     ``position_Q`` takes the place of ``causal``: a query sees the keys 0, or ``first_Q``, to its position, counted
     within its request.
     """
+    if _PATH[0] == "flex":
+        return plan_ranges(query_length_B, key_length_B, causal, position_Q, first_Q)
     query_lengths, key_lengths = query_length_B.tolist(), key_length_B.tolist()  # host sync on GPU
     device = query_length_B.device
     members = group_requests(query_lengths, key_lengths, num_heads)

@@ -1,5 +1,6 @@
 """Where the time of a step goes."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,3 +52,16 @@ class StepClock:
         taken, elapsed = self._seconds, now - self._started
         self._seconds, self._started = {}, now
         return taken, elapsed
+
+
+@contextmanager
+def quiet_profiler() -> Iterator[None]:
+    """The profiler writes of its start, and of blocks that are older than itself, to stderr, past every setting."""
+    kept, silent = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(silent)

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torchrec import EmbeddingBagCollection, EmbeddingCollection, KeyedJaggedTensor
 from torchrec.distributed.types import Awaitable, ShardedModule
 
@@ -31,12 +32,12 @@ class Travelling:
     def post(self) -> None:
         """All ranks know how many ids they get: send them."""
         if isinstance(self._collection, ShardedModule):
-            self._sent = self._sizes.wait()
+            self._sent = _wait(self._sizes)
 
     def rows(self) -> Any:
         """Read the rows, and start them on their way back."""
         if isinstance(self._collection, ShardedModule):
-            return self._collection.compute_and_output_dist(self._context, self._sent.wait())
+            return self._collection.compute_and_output_dist(self._context, _wait(self._sent))
         return self._collection(self._ids)
 
 
@@ -173,4 +174,6 @@ def _user_lengths(batches: Sequence[RequestBatch], key: str) -> Tensor:
 
 
 def _wait(pending: Any) -> Any:
-    return pending.wait() if isinstance(pending, Awaitable) else pending
+    """What other ranks sent; in a profiler's record it is an "exchange"."""
+    with record_function("exchange"):
+        return pending.wait() if isinstance(pending, Awaitable) else pending

@@ -167,7 +167,7 @@ def _evaluate(trainer: Trainer, plain: Dataset, store: Path, source: CompressCon
     if source.order == "user" and trainer.job.data.instances is None:
         dataset = read_instances(plain, InstancesConfig(store=store, max_tokens=source.max_tokens))
     return metrics_of(gather_scores(trainer.parallel.ranker, dataset, "test", trainer.job.data, trainer.world,
-                                    trainer.job.train.precision), dataset)
+                                    trainer.job.train), dataset)
 
 
 def summary_lines(out: Path, compressed: Compressed) -> list[str]:

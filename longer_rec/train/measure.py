@@ -1,9 +1,6 @@
 """A few real steps of a job on this machine: seconds of each part, bytes held, bytes at the peak of the tower."""
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from longer_rec.batch import RequestBatch
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job
 from longer_rec.runtime.distributed import gather
-from longer_rec.runtime.profiling import Measured
+from longer_rec.runtime.profiling import Measured, quiet_profiler
 from longer_rec.runtime.supervisor import supervise
 from longer_rec.train.run import unsaved_run
 from longer_rec.train.trainer import Trainer
@@ -50,7 +47,7 @@ def _measure_rank(job: Job, num_steps: int, path: Path) -> None:
             trainer.step += 1
         parts, _ = trainer.clock.take()
         profiled = batches[-_PROFILED_STEPS:]
-        peaks = [_peak_of_tower(trainer, own) for own in profiled]
+        peaks = [peak_of_tower(trainer, own) for own in profiled]
         lengths = [[(batch.history_length_B.tolist(), batch.num_candidates_B.tolist()) for batch in own]
                    for own in profiled]
         own_bytes = _table_bytes(trainer.parallel.state_dict())
@@ -62,11 +59,11 @@ def _measure_rank(job: Job, num_steps: int, path: Path) -> None:
             path.write_text(json.dumps(asdict(measured)), encoding="utf-8")
 
 
-def _peak_of_tower(trainer: Trainer, own: list[RequestBatch]) -> int:
+def peak_of_tower(trainer: Trainer, own: list[RequestBatch]) -> int:
     """The most bytes that were allocated within the tower's part of a step and not yet freed."""
     on_gpu = trainer.world.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with _quiet(), profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+    with quiet_profiler(), profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
         trainer.train_step(own)
     events = profiler.profiler.kineto_results.events()
     start, end = next((event.start_ns(), event.start_ns() + event.duration_ns()) for event in events
@@ -75,19 +72,6 @@ def _peak_of_tower(trainer: Trainer, own: list[RequestBatch]) -> int:
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
                      and event.device_type() == device and start <= event.start_ns() <= end)
     return int(torch.tensor([size for _, size in changes]).cumsum(0).max())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The profiler writes of blocks that are older than itself to stderr, past every setting."""
-    kept, silent = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(silent)
 
 
 def _table_bytes(state: dict[str, Any]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from longer_rec.data.history import Dataset
 from longer_rec.data.workload import sample_workload
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job, build_ranker, expect_hits, row_fetches, row_lookups
+from longer_rec.model.attention_plan import use_attention
 from longer_rec.ranker import Ranker
 from longer_rec.runtime.distributed import World, on_main
 from longer_rec.runtime.machine import check_portable_kernels
@@ -58,6 +59,7 @@ def parallelize(job: Job, dataset: Dataset, world: World) -> ParallelRanker:
     # 1. Tables on the meta device, for no rank ever holds all of them, and the tower, the same on every rank.
     ranker = build_ranker(job, dataset.schema, world.device)
     torch.backends.cuda.matmul.allow_tf32 = job.train.tf32
+    use_attention(job.train.attention, world.device)
     # 2. Rank 0 plans for all; the plan covers every table.
     plan = on_main(lambda: plan_tables(ranker, job, dataset, world, forecast=True))
     # 3. Tables sharded with their update rule inside backward; the tower stays replicated, its gradients ours.
@@ -79,6 +81,7 @@ def check_job(job: Job, dataset: Dataset, world: World) -> None:
         with torch.device("meta"):
             ranker = build_ranker(job, dataset.schema, torch.device("meta"))
         check_train_precision(job.train, ranker.tower, world.device)
+        use_attention(job.train.attention, world.device)
         on_main(lambda: plan_tables(ranker, job, dataset, world))
     except ConfigError as error:
         raise ConfigError(f"{job.name}: {error}") from None

@@ -28,6 +28,12 @@ class Rates:
         self._job, self._schema, self._device = job, schema, device
         self._counts = [0] * len(_COUNTS)
         self._lengths: list[tuple[Tensor, Tensor]] = []
+        self._peak: float | None = None
+
+    def measure_peak(self) -> None:
+        """What utilisation is told against: 0.2 s, the first time on a machine."""
+        if isinstance(self._job.model, TowerConfig):
+            self._peak = measured_peak(self._device, DTYPES[self._job.train.default_precision])
 
     def add(self, batches: Sequence[RequestBatch]) -> None:
         self._counts = [count + sum(getattr(batch, name) for batch in batches)
@@ -38,10 +44,9 @@ class Rates:
         """For a log line; the counts start again. ``share``: of all logical workers, those that were counted."""
         values = {f"{name.removeprefix('num_')}_per_s": count / share / elapsed_s
                   for name, count in zip(_COUNTS, self._counts, strict=True)}
-        if isinstance(self._job.model, TowerConfig) and tower_s:
-            peak = measured_peak(self._device, DTYPES[self._job.train.default_precision])
+        if self._peak:
             total = FORWARD_AND_BACKWARD * batch_flops(self._job, self._schema, self._lengths).total
-            values |= {"mfu": total / elapsed_s / peak, "mfu_tower": total / tower_s / peak,
+            values |= {"mfu": total / elapsed_s / self._peak, "mfu_tower": total / tower_s / self._peak,
                        "tower_gflops": total / tower_s / 1e9}
         self._counts, self._lengths = [0] * len(_COUNTS), []
         return values

@@ -165,6 +165,8 @@ class Trainer:
         were not finite; what reproduces them is in ``<run_dir>/failure`` then.
         """
         loader = self.loader(self.num_steps - self.step)
+        if log is not None:
+            self._rates.measure_peak()
         if self.step < self.num_steps:
             checkpoints.prepare(self.parallel.state_dict())
         try:

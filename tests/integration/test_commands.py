@@ -128,3 +128,25 @@ def test_a_moved_run_and_moved_data_are_still_one_run(commands: CommandServer, t
     shutil.copytree(synthetic, tmp_path / "moved")
     outcome = commands.run("train", CONFIG, f"run_dir={trained}", f"data.dir={tmp_path / 'moved'}", *TINY)
     assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_a_profile_accounts_for_the_whole_step(commands: CommandServer, synthetic: Path, tmp_path: Path) -> None:
+    outcome = commands.run("bench", "profile", CONFIG, f"data.dir={synthetic}", "data.max_events=200", "--steps", 3,
+                           "--nproc", 2, "--out", tmp_path / "profile")
+    assert (outcome.code, outcome.err) == (0, ""), outcome
+    rows = {row["part"].strip(): row for row in json.loads((tmp_path / "profile/profile.json").read_text())["rows"]}
+    inside = [rows[part] for part in ("input", "merge", "interaction", "cross", "self", "head", "rest of the tower")]
+    outside = [rows[part] for part in ("waiting for data", "lookup", "tower", "reduction", "table update",
+                                       "dense update", "everything else")]
+    whole = rows["the whole step"]["ms"]
+    assert abs(sum(row["ms"] for row in inside) - rows["tower"]["ms"]) < 1e-6 * whole
+    assert abs(sum(row["ms"] for row in outside) - whole) < 1e-6 * whole
+    assert all(row["ms"] > 0 for row in [*inside[:-1], *outside[:-1]])
+    assert abs(sum(row["gflop"] or 0.0 for row in inside) - rows["tower"]["gflop"]) < 1e-6
+    assert rows["lookup"]["num_bytes"] > rows["table update"]["num_bytes"] > 0
+    assert f"a step of {whole:.1f} ms; 2 ranks" in outcome.out
+    trace = json.loads((tmp_path / "profile/trace.json").read_text())["traceEvents"]
+    assert {"time_tower_s", "part of the tower: cross"} <= {event.get("name") for event in trace}
+    refused = commands.run("bench", "profile", CONFIG, f"data.dir={synthetic}", "train.epochs=0.01", "--steps", 99)
+    assert refused.code == 2
+    assert "steps, 107 are wanted" in refused.err

@@ -112,6 +112,27 @@ def test_three_steps_of_two_workers_equal_a_naive_loop(synthetic: Path) -> None:
     run_ranks(_compare_with_naive, 1, synthetic)
 
 
+def _ahead_and_scaled(rank: int, world_size: int, data: Path) -> None:
+    """The rows of a step are those that the step before it left, although its ids travel during that step."""
+    plain, ahead, scaled = (build(data) for _ in range(3))
+    steps = make_steps(plain)
+    shared = set(steps[0][0].distinct["item"].tolist()) & set(steps[1][0].distinct["item"].tolist())
+    assert len(shared) > 3
+    scaled.loss_scale.value = 2.0 ** 10  # as fp16 has it: a power of two rounds nothing
+    for batches, upcoming in zip(steps, [*steps[1:], None], strict=True):
+        results = [plain.train_step(batches), ahead.train_step(batches, upcoming), scaled.train_step(batches)]
+        assert results == [results[0]] * 3
+        for trainer in (plain, ahead, scaled):
+            trainer.step += 1
+    expected = whole(plain)
+    for trainer in (ahead, scaled):
+        assert all(torch.equal(value, expected[name]) for name, value in whole(trainer).items())
+
+
+def test_ids_sent_ahead_and_a_scaled_loss_change_no_bit(synthetic: Path) -> None:
+    run_ranks(_ahead_and_scaled, 1, synthetic)
+
+
 def _poison_labels(trainer: Trainer, batches: list[RequestBatch]) -> list[RequestBatch]:
     label_CY = batches[1].label_CY.clone()
     label_CY[-1] = float("nan")

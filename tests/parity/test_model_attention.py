@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from longer_rec.errors import ConfigError
 from longer_rec.model import attention_plan
 from longer_rec.model.attention import attend, attend_all, join
+from longer_rec.model.attention_flex import plan_ranges
 from longer_rec.model.attention_plan import plan_attention
 from longer_rec.model.own_attention import OwnMask, merge_own, own_mask
 from tests.reference.attention import attend_ref, merge_own_ref
@@ -55,6 +57,45 @@ def test_attention_equals_reference(monkeypatch: pytest.MonkeyPatch, mask: str, 
     assert {0: len(plan.groups) > 3, 40: 1 < len(plan.groups) < 5, 10**9: len(plan.groups) == 1}[group_cost]
     _agree(lambda q, k, v: attend(q, k, v, plan),
            lambda q, k, v: attend_ref(q, k, v, queries, keys, causal, position_Q, first_Q), *inputs)
+
+
+@pytest.mark.parametrize("mask", ["causal", "full", "positions", "windows"])
+def test_attention_without_padding_equals_reference(mask: str) -> None:
+    """Forward alone: on a CPU ``flex_attention`` has no backward. More than a block of queries and of keys."""
+    torch.manual_seed(0)
+    lengths = [(3, 5), (0, 4), (200, 300), (2, 0), (40, 40), (1, 130)] if mask == "full" else [
+        (3, 5), (0, 4), (200, 300), (40, 40), (1, 130)]
+    queries, keys = torch.tensor(lengths).T
+    position_Q = first_Q = None
+    if mask in ("positions", "windows"):
+        position_Q = torch.cat([torch.arange(count) + 2 for count in queries.tolist()])
+        position_Q = torch.minimum(position_Q, keys.repeat_interleave(queries) - 1)
+    if mask == "windows":
+        first_Q = (position_Q - 140).clamp(min=0)
+    query, key, value = (torch.randn(int(length.sum()), 2, 16) for length in (queries, keys, keys))
+    wanted = attend_ref(query, key, value, queries, keys, mask == "causal", position_Q, first_Q)
+    found = attend(query, key, value, plan_ranges(queries, keys, mask == "causal", position_Q, first_Q))
+    torch.testing.assert_close(found[0], wanted[0].nan_to_num(0.0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_cpu_refuses_attention_that_it_cannot_train() -> None:
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        attention_plan.use_attention("flex", torch.device("cpu"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_attention_without_padding_has_the_gradients_of_the_groups() -> None:
+    torch.manual_seed(0)
+    queries, keys = torch.tensor([[3, 5], [0, 4], [200, 300], [40, 40]], device="cuda").T
+    inputs = [torch.randn(int(length.sum()), 2, 32, device="cuda", requires_grad=True)
+              for length in (queries, keys, keys)]
+    found = []
+    for plan in (plan_ranges(queries, keys, True), plan_attention(queries, keys, 2, True)):
+        output, log_sum = attend(*inputs, plan)
+        found.append(torch.autograd.grad((output * output.detach().cos()).sum() + log_sum.sum(), inputs))
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, rtol=2e-3, atol=2e-3)
 
 
 def test_queries_without_keys_give_zero_and_minus_infinity() -> None:

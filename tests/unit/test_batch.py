@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from longer_rec.batch import RequestBatch, concat_batches, validate_batch
+from longer_rec.batch import RequestBatch, concat_batches, deduplicate, validate_batch
 from longer_rec.errors import DataError
 from tests.reference.batches import SCHEMA, random_batch
 
@@ -57,3 +57,18 @@ def test_joined_and_empty_batches_are_batches() -> None:
     assert (joined.num_requests, joined.num_events, joined.num_candidates) == tuple(
         sum(getattr(part, name) for part in parts) for name in ("num_requests", "num_events", "num_candidates"))
     assert torch.equal(joined.history["item"][parts[0].num_events:], parts[2].history["item"])
+
+
+def test_each_table_is_asked_for_an_id_once_and_each_feature_finds_its_own_again() -> None:
+    batch = deduplicate(random_batch(SCHEMA, num_requests=8, seed=1), SCHEMA)
+    assert batch.distinct.keys() == {"item", "category", "action", "user"}
+    for ids in batch.distinct.values():
+        assert torch.equal(ids, ids.unique())
+    tables = {key: table for table, keys in SCHEMA.row_keys.items() for key in keys}
+    assert tables.keys() == batch.place.keys()
+    for key, table in tables.items():
+        assert torch.equal(batch.distinct[table][batch.place[key]], batch.ids(key))
+    assert sum(ids.numel() for ids in batch.distinct.values()) < sum(place.numel() for place in batch.place.values())
+    empty = deduplicate(random_batch(SCHEMA, num_requests=0, seed=1), SCHEMA)
+    assert [ids.numel() for ids in empty.distinct.values()] == [0] * 4
+    assert concat_batches([batch, batch]).distinct == {}
