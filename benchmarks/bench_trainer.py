@@ -139,8 +139,8 @@ def table_call(trainer: Trainer, batch: RequestBatch) -> Call:
         rows, tables = cut_lookup(ranker.receive(ranker.send([batch])))
         (leaves,) = worker_leaves(rows, [batch])
         embedded = spread(batch, leaves, ranker.schema)
-        for key, value in embedded.items():
-            gradients.setdefault(key, torch.randn_like(value))
+        if not gradients:
+            gradients.update({key: torch.randn_like(value) for key, value in embedded.items()})
         torch.autograd.backward(list(embedded.values()), [gradients[key] for key in embedded])
         keep_gradients(leaves)
         backward_through_lookup(tables, rows)

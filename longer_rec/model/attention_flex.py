@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from longer_rec.model.jagged import request_of, start_of
 
@@ -80,8 +80,8 @@ def attend_ranges(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, plan: R
         return torch.zeros_like(query_QHE), query_QHE.new_full(query_QHE.shape[:2], -torch.inf, dtype=torch.float32)
     heads_first = [each.transpose(0, 1).unsqueeze(0) for each in (query_QHE, key_SHE, value_SHE)]
     with torch.autocast(query_QHE.device.type, enabled=False):
-        output, log_sum = _flex(query_QHE.is_cuda)(*heads_first, block_mask=plan.blocks, return_lse=True)
-    return output.squeeze(0).transpose(0, 1), log_sum.squeeze(0).transpose(0, 1)
+        output, beside = _flex(query_QHE.is_cuda)(*heads_first, block_mask=plan.blocks, return_aux=AuxRequest(lse=True))
+    return output.squeeze(0).transpose(0, 1), beside.lse.squeeze(0).transpose(0, 1)
 
 
 @cache
