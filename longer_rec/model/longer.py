@@ -154,7 +154,7 @@ class LongerTower(nn.Module):
         cross, *own = self.causal_layers
         parts: dict[str, list[tuple[nn.Module, str]]] = {
             "input": [(self.tokens, "events"), (self.tokens, "candidates"), (self.globals, "forward")],
-            "merge": [(self.merge, "forward")],
+            "merge": [(self.merge, "forward")] if self.merge.inner is None else [(self.merge.inner, "piece")],
             "cross": [(cross, method) for method in _SIDES],
             "self": [(layer, method) for layer in own for method in _SIDES],
             "head": [(self.head, "encode"), (self.head, "forward")]}

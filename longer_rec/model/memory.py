@@ -11,6 +11,7 @@ from longer_rec.model.flops import candidate_rows, hidden_rows, layer_rows
 from longer_rec.model.inputs import InputWidths
 from longer_rec.model.interaction import NUM_EXTREMES
 from longer_rec.model.longer import TowerConfig
+from longer_rec.model.merge import PIECE_SLOTS
 from longer_rec.model.norms import LayerNorms, layer_norms
 from longer_rec.model.own_attention import own_mask
 
@@ -60,13 +61,12 @@ class _Counter:
         cross, *own = [[(_FULL * X * sum(keys), self._user_layer(keys, queries, depth)),
                         self._hidden_layer(keys, depth), self._candidate_layer(keys, depth)]
                        for depth, (keys, queries) in enumerate(self.layers)]
-        cross.append((_FULL * X * sum(self.layers[0][0]) if self.config.num_user_globals else 0, 0))
         # index_copy keeps what it copies: the events into groups, the merged tokens beside the globals.
-        merge = (_FULL * self.T * self.config.width if self.config.merge_size > 1 else 0, self._merge())
+        cross.append((_FULL * X * sum(self.layers[0][0]) if self.config.num_user_globals else 0, 0))
         # Of the head's inputs, the norm before it keeps its own.
         outputs = self.C * self.config.num_candidate_tokens + sum(self.layers[-1][1])
         head = (self._head_inputs() + outputs * _FULL * (X + 2), self._head())
-        parts = {"input": [(0, self._input())], "merge": [merge], "cross": cross,
+        parts = {"input": [(0, self._input())], "merge": self._merge(), "cross": cross,
                  "self": [module for layer in own for module in layer], "head": [head]}
         if self.config.interaction is not None:
             parts["interaction"] = [(0, self._interaction())]
@@ -91,17 +91,22 @@ class _Counter:
         values = self.T * (event + hidden) + self.C * (self.item + hidden) + self.B * user
         return self.value * values + 2 * _INDEX * self.T
 
-    def _merge(self) -> int:
+    def _merge(self) -> list[tuple[int, int]]:
+        """The events copied into groups, and each piece of InnerTrans."""
         config, inner = self.config, self.config.inner_trans
-        index = _INDEX * self.T if config.merge_size > 1 else 0
-        if inner is None or config.merge_size == 1:
-            return index
+        if config.merge_size == 1:
+            return [(0, 0)]
+        copied = self.T * (_FULL * config.width + _INDEX)
+        if inner is None:
+            return [(copied, 0)]
         K, D, slots = config.merge_size, config.width, sum(self.merged) * config.merge_size
         weights = inner.num_heads * K * (_FULL + (self.attended if self.attended < _FULL else 0))
         # Attention: normed, q, k, v, mixed; FFN: normed, before and after its activation; the stream at both norms.
-        layer = slots * (3 * D * self.attended + (3 + 2 * inner.ffn_multiple) * D * self.value + weights
-                         + _FULL * (2 * D + 4))
-        return index + inner.num_layers * layer + slots * D * self.value
+        layer = (3 * D * self.attended + (3 + 2 * inner.ffn_multiple) * D * self.value + weights + _FULL * (2 * D + 4))
+        group, rest = _FULL * D, inner.num_layers * layer + D * self.value - _FULL * D
+        most = max(PIECE_SLOTS // K, 1) * K
+        pieces = [most] * (slots // most) + [slots % most]
+        return [(copied, 0), *((size * group, size * rest) for size in pieces)]
 
     def _user_layer(self, keys: Sequence[int], queries: Sequence[int], depth: int) -> int:
         X, S, Q, norms = self.config.merged_width, sum(keys), sum(queries), layer_norms(self.config.norm, depth)

@@ -17,6 +17,9 @@ from longer_rec.config import Config
 from longer_rec.model.jagged import position_from_newest
 from longer_rec.model.linear import Linear, batched
 
+# Slots that InnerTrans takes at once: recomputation holds the activations of one such piece alone, 35 MB at D = 32.
+PIECE_SLOTS = 1 << 14
+
 
 class InnerTransConfig(Config):
     """A small transformer inside each group, of the token width D."""
@@ -74,6 +77,12 @@ class InnerTrans(nn.Module):
 
     def forward(self, group_MKD: Tensor, valid_MK: Tensor) -> Tensor:
         """Padded slots (``valid`` false) are seen by nobody and come out as 0."""
+        pieces = [each.split(max(PIECE_SLOTS // group_MKD.shape[1], 1)) for each in (group_MKD, valid_MK)]
+        outputs = [self.piece(*each) for each in zip(*pieces, strict=True)]
+        return torch.cat(outputs) if outputs[1:] else outputs[0]
+
+    def piece(self, group_MKD: Tensor, valid_MK: Tensor) -> Tensor:
+        """``forward`` of some groups."""
         token_MKD = group_MKD
         for layer in self.layers:
             token_MKD = layer(token_MKD, valid_MK)

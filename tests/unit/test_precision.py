@@ -68,8 +68,8 @@ def test_naming_every_part_is_the_default_and_nothing_stays_behind() -> None:
     assert far(run("fp32", dict.fromkeys(PARTS, "fp32")), run("fp32", {})) == 0.0
     tower = build()
     with mixed_precision(tower, "fp32", {"merge": "bf16"}, CPU):
-        assert "forward" in vars(tower.merge)
-    assert "forward" not in vars(tower.merge)
+        assert "piece" in vars(tower.merge.inner)
+    assert "piece" not in vars(tower.merge.inner)
 
 
 @pytest.mark.parametrize(("settings", "words"), [
