@@ -68,10 +68,10 @@ def train_rank(rank: int, world_size: int, run_dir: Path, data: Path, overrides:
     job = load_config(Job, CONFIG, [f"run_dir={run_dir}", f"data.dir={data}", *overrides])
     original = Trainer.train_step
 
-    def stopping(self: Trainer, batches: Any) -> StepResult:
+    def stopping(self: Trainer, *batches: Any) -> StepResult:
         if self.step + 1 == stop_after and rank == world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batches)
+        return original(self, *batches)
 
     Trainer.train_step = stopping  # type: ignore[method-assign]
     try:

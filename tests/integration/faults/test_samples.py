@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,13 +29,13 @@ def train_and_record(rank: int, world_size: int, run_dir: Path, data: Path, atte
     """Writes each (step, worker, request rows) down; ``sent`` = (signal, step) is what the last rank sends itself."""
     original = Trainer.train_step
 
-    def recording(self: Trainer, batches: list[RequestBatch]) -> StepResult:
+    def recording(self: Trainer, batches: list[RequestBatch], *upcoming: Any) -> StepResult:
         with (run_dir.parent / f"seen-{attempt}-{rank}.jsonl").open("a") as file:
             for worker, batch in zip(self.workers, batches, strict=True):
                 file.write(json.dumps([self.step, worker, batch.request_row_B.tolist()]) + "\n")
         if sent is not None and self.step == sent[1] and rank == world_size - 1:
             os.kill(os.getpid(), sent[0])
-        return original(self, batches)
+        return original(self, batches, *upcoming)
 
     Trainer.train_step = recording  # type: ignore[method-assign]
     try:
