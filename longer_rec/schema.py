@@ -15,9 +15,13 @@ import pydantic
 from longer_rec.config import Config, build_config
 from longer_rec.errors import DataError
 
+# Ids of an open id space: hashes of so many bits, 0 for none; as many as model/interaction.py has room for.
+OPEN_ID_BITS = 40
+
 
 class Table(Config):
-    """One embedding table; several features may share it."""
+    """One embedding table; several features may share it. One of open ids has 2^40 ``num_rows``, of which training
+    holds those that it needs."""
 
     name: str
     num_rows: int = pydantic.Field(ge=1, description="rows, the out-of-vocabulary row 0 included")
@@ -80,6 +84,11 @@ class Schema(Config):
     def num_rows(self) -> dict[str, int]:
         """Rows of each table by name."""
         return {table.name: table.num_rows for table in self.tables}
+
+    @property
+    def open_tables(self) -> frozenset[str]:
+        """Tables whose ids are hashes of an open id space."""
+        return frozenset(table.name for table in self.tables if table.num_rows == 1 << OPEN_ID_BITS)
 
     @property
     def history_features(self) -> tuple[Feature, ...]:

@@ -77,4 +77,4 @@ class Requests:
             return encoder.values.gather(self._draw.integers(0, len(encoder.values), count)).to_list()
         if isinstance(encoder, Bucketed):
             return self._draw.choice([0.0, *encoder.boundaries], count).tolist()
-        return self._draw.integers(0, encoder.num_buckets, count).tolist()
+        return self._draw.integers(0, encoder.num_rows - 1, count).tolist()

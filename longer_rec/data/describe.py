@@ -47,14 +47,15 @@ class ColumnsConfig(Config):
 class FeatureConfig(Config):
     """One feature: its raw column, and how its values become rows of a table.
 
-    ``id``: a vocabulary of the training period. ``hashed``: a stable hash into ``num_buckets``. ``bucketed``: a
+    ``id``: a vocabulary of the training period. ``hashed``: a stable hash into ``num_buckets``. ``open``: a hash of 40
+    bits, of which training gives rows to those that come often (``sparse.managed``). ``bucketed``: a
     number into the intervals between ``boundaries``, or between as many ``quantiles`` of the training period.
     ``multi_valued`` splits text at ``separator`` (or takes a list column): user features are pooled, item features
     become ``max_values`` slots that share one table. Several ``columns`` of a user make tokens ``column=value``.
     """
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")
-    type: Literal["id", "hashed", "bucketed"] = "id"
+    type: Literal["id", "hashed", "open", "bucketed"] = "id"
     column: str | None = pydantic.Field(None, description="None: the feature's name")
     columns: tuple[str, ...] = ()
     num_buckets: int | None = pydantic.Field(None, ge=1)
@@ -73,8 +74,8 @@ class FeatureConfig(Config):
             raise ValueError(f"feature {self.name!r}: type bucketed, and no other, needs boundaries or quantiles")
         if any(a >= b for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)):
             raise ValueError(f"feature {self.name!r}: boundaries {self.boundaries} must rise")
-        if self.multi_valued and self.type == "bucketed":
-            raise ValueError(f"feature {self.name!r}: a bucketed feature has one value; drop multi_valued")
+        if self.multi_valued and self.type in ("bucketed", "open"):
+            raise ValueError(f"feature {self.name!r}: a feature of type {self.type} has one value; drop multi_valued")
         if self.columns and (not self.multi_valued or self.column):
             raise ValueError(f"feature {self.name!r}: columns is for multi_valued features without column")
         return self
@@ -114,7 +115,8 @@ class ItemsConfig(EntityConfig):
         for feature in self.features:
             if feature.multi_valued != (feature.max_values is not None):
                 raise ValueError(f"item feature {feature.name!r}: multi_valued and max_values go together")
-        known = [self.name, *(feature.name for feature in self.features if not feature.multi_valued)]
+        known = [self.name, *(feature.name for feature in self.features
+                              if not feature.multi_valued and feature.type != "open")]
         for name in self.counts:
             if name not in known:
                 raise ValueError(f"items.counts names {name!r}; known are {known}")

@@ -21,6 +21,7 @@ from longer_rec.data.hashing import hash_values
 from longer_rec.data.order import I64
 from longer_rec.data.store import read_frame
 from longer_rec.errors import DataError
+from longer_rec.schema import OPEN_ID_BITS
 
 F64 = npt.NDArray[np.float64]
 _HASH_SEED = 11
@@ -81,6 +82,20 @@ class Hashed:
 
 
 @dataclass(frozen=True)
+class Open:
+    """A stable hash of 40 bits, 0 for null: of a hundred million values one in 11,000 shares its hash with another."""
+
+    @property
+    def num_rows(self) -> int:
+        return 1 << OPEN_ID_BITS
+
+    def encode(self, raw: pl.Series, what: str) -> I64:
+        raw = as_ids(raw, what)
+        hashed = (hash_values(raw, _HASH_SEED) % np.uint64((1 << OPEN_ID_BITS) - 1)).astype(np.int64) + 1
+        return np.where(raw.is_not_null().to_numpy(), hashed, 0)
+
+
+@dataclass(frozen=True)
 class Bucketed:
     """Intervals between rising boundaries: row 1 below the first, row n + 1 from the last on."""
 
@@ -99,7 +114,7 @@ class Bucketed:
         return np.where(np.isnan(value), 0, bucket)
 
 
-Encoder = Vocabulary | Hashed | Bucketed
+Encoder = Vocabulary | Hashed | Open | Bucketed
 
 
 def as_ids(raw: pl.Series, what: str) -> pl.Series:
@@ -165,6 +180,8 @@ def save_encoders(encoders: dict[str, Encoder], directory: Path) -> None:
                                                               compat_level=pl.CompatLevel.oldest())
         elif isinstance(encoder, Hashed):
             described[name] = {"type": "hashed", "num_buckets": encoder.num_buckets}
+        elif isinstance(encoder, Open):
+            described[name] = {"type": "open"}
         else:
             described[name] = {"type": "bucketed", "boundaries": list(encoder.boundaries)}
     (directory / "encoders.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
@@ -180,6 +197,8 @@ def load_encoders(directory: Path) -> dict[str, Encoder]:
             encoders[name] = Vocabulary(read_frame(directory / entry["file"])["value"])
         elif entry["type"] == "hashed":
             encoders[name] = Hashed(entry["num_buckets"])
+        elif entry["type"] == "open":
+            encoders[name] = Open()
         else:
             encoders[name] = Bucketed(tuple(entry["boundaries"]))
     return encoders

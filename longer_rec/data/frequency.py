@@ -59,11 +59,12 @@ def count_lookups(dataset: Dataset, max_events: int) -> dict[str, Lookups]:
 
     Exact for histories, users and stored candidates. Negatives are drawn anew each epoch, so they count with their
     expectation: positives times negatives for each, shared out by the items' counts. Rows looked up by validation and
-    test alone count 0. One pass over training requests and the events of their histories, whose memory does not grow
-    with them: 0.3 s for completejourney's 1.2 million events and 125 thousand requests (one core of an AMD Zen 5,
-    November 2026).
+    test alone count 0, and tables of open ids are left out. One pass over training requests and the events of their
+    histories, whose memory does not grow with them: 0.3 s for completejourney's 1.2 million events and 125 thousand
+    requests (one core of an AMD Zen 5, November 2026).
     """
-    lookups = {name: np.zeros(rows) for name, rows in dataset.schema.num_rows.items()}
+    lookups = {name: np.zeros(rows) for name, rows in dataset.schema.num_rows.items()
+               if name not in dataset.schema.open_tables}
     train = dataset.split_rows("train")
     items, requests = np.zeros(len(dataset.item_count)), np.zeros(dataset.user_start.num_rows - 1, np.int64)
     for first in range(train.start, train.stop, _CHUNK_REQUESTS):
@@ -85,7 +86,8 @@ def count_lookups(dataset: Dataset, max_events: int) -> dict[str, Lookups]:
 
 
 def _add(lookups: dict[str, Lookups], table: str, ids: I64, weights: npt.NDArray[np.number]) -> None:
-    lookups[table] += np.bincount(ids, weights, minlength=len(lookups[table]))
+    if table in lookups:
+        lookups[table] += np.bincount(ids, weights, minlength=len(lookups[table]))
 
 
 def _add_events(dataset: Dataset, request: I64, max_events: int, items: Lookups, lookups: dict[str, Lookups]) -> None:

@@ -125,11 +125,13 @@ def read_instances(dataset: Dataset, config: InstancesConfig) -> Dataset:
 
 
 def side_features(dataset: Dataset, names: tuple[str, ...] | None) -> dict[str, str]:
-    """Name and encoder of the side features to store; all features of an event without ``names``."""
-    known = {feature.name: feature.table for feature in dataset.schema.history_features}
+    """Name and encoder of the side features to store; without ``names`` all of an event but those of open ids."""
+    known = {feature.name: feature.table for feature in dataset.schema.history_features
+             if feature.table not in dataset.schema.open_tables}
     for name in names or ():
         if name not in known:
-            raise ConfigError(f"features names {name!r}; features of an event are {', '.join(known)}")
+            raise ConfigError(f"features names {name!r}; features of an event, open ids left out, are "
+                              f"{', '.join(known)}")
     return {name: encoder_digest(dataset.encoders[known[name]]) for name in (known if names is None else names)}
 
 

@@ -10,6 +10,7 @@ from longer_rec.data.encode import (
     Bucketed,
     Encoder,
     Hashed,
+    Open,
     as_ids,
     as_lists,
     as_numbers,
@@ -128,6 +129,8 @@ def fixed_encoder(feature: FeatureConfig) -> Encoder:
     """The encoder of a feature whose settings alone decide it."""
     if feature.num_buckets is not None:
         return Hashed(feature.num_buckets)
+    if feature.type == "open":
+        return Open()
     return Bucketed(feature.boundaries)
 
 

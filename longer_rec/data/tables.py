@@ -126,6 +126,7 @@ def _is_ids(name: str, column: Any) -> bool:
 
 
 def _write_frame(columns: dict[str, Any], path: Path) -> None:
-    """Arrays of ids as int32; counts, dense features and raw values as they are."""
-    narrow = {name: column.astype(np.int32) if _is_ids(name, column) else column for name, column in columns.items()}
+    """Arrays of ids as int32, where they fit; counts, dense features and raw values as they are."""
+    narrow = {name: column.astype(np.int32) if _is_ids(name, column) and column.max(initial=0) < 1 << 31 else column
+              for name, column in columns.items()}
     pl.DataFrame(narrow).write_ipc(path, compression="uncompressed", compat_level=pl.CompatLevel.oldest())

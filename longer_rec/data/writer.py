@@ -84,7 +84,8 @@ def write_store(log: LogSource, spill: Spill, cuts: Cuts, tables: Tables, direct
     """Write events.arrow, candidates.arrow, requests.arrow and user_start.arrow; requests stand split by split."""
     report = StoreReport(log=spill.counts.as_dict())
     config = log.config
-    event_dtypes = {"item": np.int32, "time": np.int64, **{one.name: np.int32 for one in config.event_features}}
+    of_events = {one.name: np.int64 if one.type == "open" else np.int32 for one in config.event_features}
+    event_dtypes = {"item": np.int32, "time": np.int64, **of_events}
     candidate_dtypes: dict[str, npt.DTypeLike] = {"item": np.int32}
     if config.candidates.kind == "rows":
         candidate_dtypes["label"] = np.float32

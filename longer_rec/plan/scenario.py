@@ -120,8 +120,8 @@ class Scenario:
     @cached_property
     def schema(self) -> Schema:
         schema = self.dataset.schema
-        tables = tuple(table.model_copy(update={"num_rows": max(1, round(table.num_rows * self.row_factor))})
-                       for table in schema.tables)
+        tables = tuple(table if table.name in schema.open_tables else table.model_copy(
+            update={"num_rows": max(1, round(table.num_rows * self.row_factor))}) for table in schema.tables)
         return schema.model_copy(update={"tables": tables})
 
     @cached_property

@@ -11,6 +11,7 @@ from longer_rec.model.longer import TowerConfig
 from longer_rec.plan.scenario import Outcome, Scenario, solve
 from longer_rec.plan.topology import MAX_RANKS, SSD_BW, check_ranks, parse_bytes
 from longer_rec.report.numbers import format_bytes
+from longer_rec.sparse.open_ids import BUCKETS
 from longer_rec.sparse.options import Choice, allowed_types, splittable
 from longer_rec.sparse.placement import DoesNotFit
 from longer_rec.sparse.planfile import FLOAT_BYTES
@@ -183,18 +184,23 @@ def _ladders(scenario: Scenario) -> Iterator[list[tuple[str, Scenario]]]:
     most = min(MAX_RANKS, 64 * hardware.world_size, scenario.job.elastic.num_workers or MAX_RANKS)
     yield [(f"{ranks} ranks instead of {hardware.world_size}", scenario.change(world_size=ranks))
            for ranks in range(hardware.world_size + 1, most + 1)
-           if ranks <= hardware.ranks_per_host or ranks % hardware.ranks_per_host == 0]
-    tables = sorted(scenario.tables, key=lambda table: -table.num_embeddings * table.embedding_dim)
+           if (ranks <= hardware.ranks_per_host or ranks % hardware.ranks_per_host == 0)
+           and not (scenario.job.sparse.managed and BUCKETS % ranks)]
+    if on_gpu:
+        yield [(f"{format_bytes(size)} on each host instead of {format_bytes(hardware.host_bytes)}",
+                scenario.change(host_bytes=size)) for size in _grown(hardware.host_bytes)]
+        yield from _ssd_ladders(scenario)
+    # Those of open ids stay as they are: by rows, on the device.
+    tables = sorted((table for table in scenario.tables if table.name not in scenario.job.sparse.managed),
+                    key=lambda table: -table.num_embeddings * table.embedding_dim)
+    if not tables:
+        return
     columns = [columns for power in range(1, 8) for columns in [tables[0].embedding_dim >> power]
                if columns << power == tables[0].embedding_dim and columns % DIM_MULTIPLE == 0]
     if not allowed_types(tables[0].name in scenario.pooled_tables, scenario.job.sparse, torch.device(hardware.device),
                          scenario.job.elastic.is_strict)["column_wise"]:
         yield [(f"table {tables[0].name!r} column_wise in shards of {width} columns", scenario.with_choice(
             tables[:1], sharding_types=("column_wise",), kernels=(), min_columns=width)) for width in columns]
-    if on_gpu:
-        yield [(f"{format_bytes(size)} on each host instead of {format_bytes(hardware.host_bytes)}",
-                scenario.change(host_bytes=size)) for size in _grown(hardware.host_bytes)]
-        yield from _ssd_ladders(scenario)
     if on_gpu and scenario.job.sparse.placement is None:
         names = _names(tables)
         places = {"fused": "on the device", "fused_uvm_caching": "in host memory behind a device cache",

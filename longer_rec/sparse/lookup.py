@@ -16,6 +16,7 @@ from torchrec.distributed.types import Awaitable, ShardedModule
 
 from longer_rec.batch import RequestBatch, deduplicate
 from longer_rec.schema import Schema
+from longer_rec.sparse.open_ids import embedding_configs
 
 Pooling = Literal["sum", "mean"]
 
@@ -60,9 +61,9 @@ class SparseTables(nn.Module):
     """All tables of a model.
 
     ``ec`` holds one ``EmbeddingCollection`` for each width (TorchRec wants equal widths within one), under the name
-    ``dim16`` for width 16: history, candidate and single-valued user features. ``ebc`` pools the multi-valued user
-    features and is there only when the schema has some. Sharding replaces these collections in place; the unsharded
-    module is the meaning, the sharded one the speed.
+    ``dim16`` for width 16, and one for its tables of open ids, ``open16``: history, candidate and single-valued user
+    features. ``ebc`` pools the multi-valued user features and is there only when the schema has some. Sharding replaces
+    these collections in place; the unsharded module is the meaning, the sharded one the speed.
     """
 
     def __init__(self, schema: Schema, ec: nn.ModuleDict, ebc: EmbeddingBagCollection | None, pooling: Pooling = "mean"
@@ -73,7 +74,7 @@ class SparseTables(nn.Module):
         self.ebc = ebc
         self.pooling = pooling
         self._tables = {name: {table.name: table.feature_names
-                               for table in cast(EmbeddingCollection, collection).embedding_configs()}
+                               for table in embedding_configs(cast(EmbeddingCollection, collection))}
                         for name, collection in ec.items()}
         self._pooled_keys = [key for keys in schema.pooled_keys.values() for key in keys]
         # Set by sharding when a pooled table is split by rows: its reduce-scatter, under gloo, needs as many
@@ -111,7 +112,8 @@ class SparseTables(nn.Module):
         rows: dict[str, Tensor] = {}
         # Key by key: the order in which TorchRec returns them depends on the plan.
         for name, tables in self._tables.items():
-            found = _wait(pending[name])
+            # A collection of open ids also gives the rows that it looked up.
+            found = _wait(pending[name][0] if isinstance(pending[name], tuple) else pending[name])
             rows.update({table: found[keys[0]].values() for table, keys in tables.items()})
         if self.ebc is not None:
             keyed = _wait(pending["ebc"])

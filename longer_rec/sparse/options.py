@@ -10,8 +10,11 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMo
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.mc_embedding import ManagedCollisionEmbeddingCollectionSharder
 from torchrec.distributed.types import ModuleSharder
 
+from longer_rec.errors import ConfigError
+from longer_rec.sparse.open_ids import BUCKETS
 from longer_rec.sparse.planfile import FLOAT_BYTES, Shard, TablePlan
 from longer_rec.sparse.tables import ShardingName, SparseConfig, SparseOptimizerName, TableConfig
 
@@ -89,15 +92,20 @@ def build_sharders(config: SparseConfig) -> list[ModuleSharder[nn.Module]]:
     # Without a mode FBGEMM takes a weight decay and ignores it.
     fused = {"weight_decay_mode": WeightDecayMode.DECOUPLE} if config.weight_decay else None
     return [cast(ModuleSharder[nn.Module], BagSharder(fused)),
-            cast(ModuleSharder[nn.Module], EmbeddingCollectionSharder(fused))]
+            cast(ModuleSharder[nn.Module], EmbeddingCollectionSharder(fused)),
+            cast(ModuleSharder[nn.Module], ManagedCollisionEmbeddingCollectionSharder(fused_params=fused))]
 
 
-def allowed_types(pooled: bool, config: SparseConfig, device: torch.device, strict: bool = False) -> dict[str, str]:
-    """For each sharding type, "" when a table may have it, or why not.
+def allowed_types(pooled: bool, config: SparseConfig, device: torch.device, strict: bool = False,
+                  table: str = "") -> dict[str, str]:
+    """For each sharding type, "" when ``table`` may have it, or why not.
 
     ``strict`` leaves those that give bitwise the same table on any number of ranks.
     """
     reasons = dict.fromkeys(SHARDING_TYPES, "")
+    if table in config.managed:
+        return {name: "" if name == "row_wise" else "the rows of open ids are given away by the rank that has their "
+                "bucket; use row_wise" for name in SHARDING_TYPES}
     if strict and pooled:
         reasons["row_wise"] = ("each rank pools its own rows first, so the order of additions depends on the number of "
                                "processes, which elastic.strict rules out; use table_wise, or elastic.strict=false")
@@ -116,6 +124,19 @@ def allowed_types(pooled: bool, config: SparseConfig, device: torch.device, stri
     elif config.weight_decay:
         reasons["data_parallel"] = "sparse.weight_decay touches looked-up rows alone; use table_wise"
     return reasons
+
+
+def check_open(table: str, config: SparseConfig, world_size: int, kernels: Iterable[str]) -> None:
+    """``ConfigError`` where the ranks cannot share a table of open ids, or would hold it anywhere but on the device."""
+    if table not in config.managed:
+        return
+    if other := [kernel for kernel in kernels if kernel != "fused"]:
+        raise ConfigError(f"table {table!r} of open ids cannot use kernel {other[0]!r}: its rows are rewritten on the "
+                          "device; use fused")
+    if BUCKETS % world_size:
+        fit = [ranks for ranks in range(1, BUCKETS + 1) if BUCKETS % ranks == 0]
+        raise ConfigError(f"table {table!r} of open ids is divided into {BUCKETS} parts, which {world_size} ranks "
+                          f"cannot share equally; use {', '.join(map(str, fit[:-1]))} or {fit[-1]} ranks")
 
 
 def splittable(types: Iterable[str], rows: int, world_size: int) -> tuple[str, ...]:

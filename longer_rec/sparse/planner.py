@@ -12,7 +12,7 @@ from torchrec.distributed.planner import constants
 from longer_rec.errors import ConfigError
 from longer_rec.runtime.distributed import World
 from longer_rec.runtime.machine import memory_bytes
-from longer_rec.sparse.options import SHARDING_TYPES, Choice, Hardware, allowed_types, table_plan
+from longer_rec.sparse.options import SHARDING_TYPES, Choice, Hardware, allowed_types, check_open, table_plan
 from longer_rec.sparse.placement import Floats, apply_placement, place_equally, tiers_of
 from longer_rec.sparse.planfile import Shard, SparsePlan, TablePlan, load_plan
 from longer_rec.sparse.search import build_space, find_plan
@@ -81,7 +81,8 @@ def check_plan(plan: SparsePlan, module: nn.Module, config: SparseConfig, world:
         if (table.rows, table.dim, table.module) != wanted[name]:
             raise ConfigError(f"the plan has table {name!r} with {table.rows} rows of {table.dim} in {table.module!r}, "
                               f"the model {rows} rows of {dim} in {path!r}; plan again, or set sparse.dims as planned")
-        reason = allowed_types(table.pooled, config, world.device, strict)[table.sharding_type]
+        check_open(name, config, world.size, [table.kernel])
+        reason = allowed_types(table.pooled, config, world.device, strict, name)[table.sharding_type]
         if reason:
             raise ConfigError(f"table {table.table!r} cannot be {table.sharding_type}: {reason}")
         of_type = ("dense",) if table.sharding_type == "data_parallel" else kernels

@@ -30,6 +30,7 @@ from longer_rec.sparse.options import (
     Hardware,
     allowed_types,
     build_sharders,
+    check_open,
     splittable,
     state_bytes,
     table_plan,
@@ -284,7 +285,8 @@ def check_choices(module: nn.Module, config: SparseConfig, hardware: Hardware, c
 def _checked(table: TableConfig, pooled: bool, config: SparseConfig, hardware: Hardware, choice: Choice,
              strict: bool) -> Choice:
     where, columns = f"table {table.name!r}", choice.min_columns
-    reasons = allowed_types(pooled, config, torch.device(hardware.device), strict)
+    check_open(table.name, config, hardware.world_size, choice.kernels)
+    reasons = allowed_types(pooled, config, torch.device(hardware.device), strict, table.name)
     for name in choice.sharding_types:
         if reason := reasons.get(name, f"known are {', '.join(reasons)}"):
             raise ConfigError(f"{where} cannot be {name}: {reason}")

@@ -32,7 +32,7 @@ def shard_ranker(module: nn.Module, plan: SparsePlan, config: SparseConfig,
     replicated = {(table.module, table.table) for table in plan.tables if table.sharding_type == "data_parallel"}
     for path, collection in find_collections(module).items():
         fused = [parameter for name, parameter in collection.named_parameters()
-                 if (path, name.split(".")[1]) not in replicated]
+                 if (path, name.rsplit(".", 2)[1]) not in replicated]
         apply_table_optimizer(fused, config)
     _equalize_requests(module, plan)
     return DistributedModelParallel(module, env=None, device=device, plan=plan.sharding_plan(),

@@ -15,15 +15,17 @@ from torchrec import (
     EmbeddingConfig,
     PoolingType,
 )
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 
 from longer_rec.config import Config
 from longer_rec.errors import ConfigError
 from longer_rec.schema import Schema
 from longer_rec.sparse.lookup import Pooling, SparseTables
+from longer_rec.sparse.open_ids import ManagedConfig, embedding_configs, open_collection
 
 ShardingName = Literal["table_wise", "row_wise", "column_wise", "data_parallel"]
 SparseOptimizerName = Literal["rowwise_adagrad", "adagrad", "sgd"]
-Collection: TypeAlias = EmbeddingCollection | EmbeddingBagCollection
+Collection: TypeAlias = EmbeddingCollection | EmbeddingBagCollection | ManagedCollisionEmbeddingCollection
 TableConfig: TypeAlias = EmbeddingConfig | EmbeddingBagConfig
 KernelName = Literal["fused", "fused_uvm", "fused_uvm_caching", "key_value"]
 # Those that this package trains.
@@ -55,6 +57,8 @@ class SparseConfig(Config):
     eps: float = pydantic.Field(default=1e-8, gt=0.0)
     weight_decay: float = pydantic.Field(default=0.0, ge=0.0, description="of the rows a step touches; "
                                          "rowwise_adagrad alone")
+    managed: dict[str, ManagedConfig] = pydantic.Field(default_factory=dict, description="rows of the tables of open "
+                                                       "ids, by table")
     plan: str | dict[str, ShardingName] = "auto"
     kernel: KernelName = "fused"
     placement: Literal["auto"] | None = pydantic.Field(default=None, description="a kernel for each table, by how "
@@ -72,6 +76,9 @@ class SparseConfig(Config):
             raise ValueError(f"device_memory={self.device_memory} is a number of bytes; write it with a unit, as 20GB")
         if self.placement is not None and self.kernel != "fused":
             raise ValueError(f"kernel={self.kernel} and placement={self.placement} exclude each other; drop one")
+        if self.managed and (self.placement is not None or self.kernel != "fused"):
+            raise ValueError("tables of open ids (managed) are held whole on the device, for their rows change; drop "
+                             f"{'placement' if self.placement is not None else f'kernel={self.kernel}'}")
         if self.plan_path is not None and (self.placement is not None or self.kernel != "fused"):
             raise ValueError(f"plan={self.plan} is taken as it is, with its kernels; drop kernel, placement and "
                              "device_memory")
@@ -110,6 +117,19 @@ def resolve_dims(schema: Schema, config: SparseConfig) -> dict[str, int]:
     return dims
 
 
+def resolve_rows(schema: Schema, config: SparseConfig) -> dict[str, int]:
+    """Rows of every table; ``ConfigError`` unless ``managed`` names those of open ids, and no others."""
+    check_names(config.managed, schema.num_rows, "sparse.managed")
+    for name in schema.open_tables - config.managed.keys():
+        raise ConfigError(f"table {name!r} has open ids and needs rows; say how many, such as sparse.managed="
+                          f"{{{name}: {{rows: 100032}}}}")
+    for name in config.managed.keys() - schema.open_tables:
+        raise ConfigError(f"sparse.managed names table {name!r}, whose ids are rows of it already; leave it out, or "
+                          "prepare the data with type: open for it")
+    return {name: config.managed[name].rows if name in config.managed else rows
+            for name, rows in schema.num_rows.items()}
+
+
 def _check_pooled(schema: Schema) -> None:
     for table, keys in schema.pooled_keys.items():
         if sharers := schema.row_keys.get(table):
@@ -129,23 +149,29 @@ def build_tables(schema: Schema, config: SparseConfig, device: torch.device | st
 
     Values are meaningless until ``initialize_tables`` has filled them. A table that no feature uses is left out.
     """
-    dims, device = resolve_dims(schema, config), torch.device(device)
+    dims, num_rows, device = resolve_dims(schema, config), resolve_rows(schema, config), torch.device(device)
     _check_pooled(schema)
-    by_dim: dict[int, list[EmbeddingConfig]] = {}
+    by_dim: dict[tuple[int, bool], list[EmbeddingConfig]] = {}
     for table, keys in schema.row_keys.items():
-        by_dim.setdefault(dims[table], []).append(EmbeddingConfig(
-            name=table, num_embeddings=schema.num_rows[table], embedding_dim=dims[table], feature_names=keys))
-    bags = [EmbeddingBagConfig(name=table, num_embeddings=schema.num_rows[table], embedding_dim=dims[table],
+        by_dim.setdefault((dims[table], table in config.managed), []).append(EmbeddingConfig(
+            name=table, num_embeddings=num_rows[table], embedding_dim=dims[table], feature_names=keys))
+    bags = [EmbeddingBagConfig(name=table, num_embeddings=num_rows[table], embedding_dim=dims[table],
                                feature_names=keys, pooling=PoolingType.SUM)
             for table, keys in schema.pooled_keys.items()]
-    ec = nn.ModuleDict({f"dim{dim}": EmbeddingCollection(tables=by_dim[dim], device=device) for dim in sorted(by_dim)})
+    ec = nn.ModuleDict()
+    for (dim, managed), tables in sorted(by_dim.items(), key=lambda item: item[0]):
+        collection = EmbeddingCollection(tables=tables, device=device)
+        ec[f"{'open' if managed else 'dim'}{dim}"] = (open_collection(collection, config.managed) if managed else
+                                                      collection)
     ebc = EmbeddingBagCollection(tables=bags, device=device) if bags else None
     return SparseTables(schema, ec, ebc, config.pooling)
 
 
 def find_collections(module: nn.Module) -> Mapping[str, Collection]:
     """The unsharded collections of a module by their path in it."""
-    return {path: child for path, child in module.named_modules() if isinstance(child, Collection)}
+    found = {path: child for path, child in module.named_modules() if isinstance(child, Collection)}
+    managed = [f"{path}." for path, child in found.items() if isinstance(child, ManagedCollisionEmbeddingCollection)]
+    return {path: child for path, child in found.items() if not any(path.startswith(outer) for outer in managed)}
 
 
 def every_table(module: nn.Module) -> list[tuple[str, Collection, TableConfig]]:
@@ -156,6 +182,6 @@ def every_table(module: nn.Module) -> list[tuple[str, Collection, TableConfig]]:
 
 def table_configs(collection: Collection) -> list[TableConfig]:
     """TorchRec's description of each table of a collection."""
-    if isinstance(collection, EmbeddingCollection):
-        return list(collection.embedding_configs())
-    return list(collection.embedding_bag_configs())
+    if isinstance(collection, EmbeddingBagCollection):
+        return list(collection.embedding_bag_configs())
+    return embedding_configs(collection)

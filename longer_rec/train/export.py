@@ -51,6 +51,9 @@ def export_run(run_dir: Path, out: Path, options: ExportOptions) -> BundleManife
     if (source := source_config(job)) is not None and source.order == "user":
         raise ConfigError(f"{run_dir} compresses in user order, where a request's logits depend on others of its "
                           "batch; such a run fills a store (`longer-rec compress`) and is not served")
+    if job.sparse.managed:
+        raise ConfigError(f"{run_dir} has tables of open ids ({', '.join(job.sparse.managed)}), and a bundle has no "
+                          "map from ids to rows; train with features of type id or hashed for what is to be served")
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out (a server changes over by a link to the newest bundle)")
     with joined_world(job.train.timeout_s) as world, _building(out) as directory:

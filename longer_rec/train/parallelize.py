@@ -18,7 +18,7 @@ from longer_rec.model.attention_plan import use_attention
 from longer_rec.ranker import Ranker
 from longer_rec.runtime.distributed import World, on_main
 from longer_rec.runtime.machine import check_portable_kernels
-from longer_rec.sparse.init import initialize_tables
+from longer_rec.sparse.init import attach_open_rows, initialize_tables
 from longer_rec.sparse.optimizers import RankerOptimizer
 from longer_rec.sparse.planfile import SparsePlan
 from longer_rec.sparse.planner import build_plan
@@ -66,6 +66,7 @@ def parallelize(job: Job, dataset: Dataset, world: World) -> ParallelRanker:
     model = shard_ranker(ranker, plan, job.sparse, world.device)
     # 4. Rows filled by (seed, table, row), whatever shard they are in.
     initialize_tables(model, job.seed, job.sparse)
+    attach_open_rows(model, job.seed, job.sparse)
     # 5. AdamW for the tower beside the fused update of the tables.
     return ParallelRanker(model, RankerOptimizer(model, job.sparse, job.dense, job.elastic.is_portable), plan)
 

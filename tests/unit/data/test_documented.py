@@ -26,6 +26,7 @@ def _write_shop(folder: Path) -> None:
         }).write_parquet(folder / "log" / f"2026-{month + 1:02}.parquet")
     pl.DataFrame({
         "article": np.arange(50), "brand": [f"b{one % 7}" for one in range(50)], "seller": np.arange(50) % 11,
+        "campaign": [f"spring {one % 9}" if one % 10 else None for one in range(50)],
         "price": random.uniform(1, 99, 50), "colours": ["red|blue", "red", "", "red|green|blue", None] * 10,
     }).write_parquet(folder / "articles.parquet")
     pl.DataFrame({
@@ -39,11 +40,12 @@ def test_the_documented_description_prepares_every_kind_of_feature(tmp_path: Pat
     assert len(blocks) == 1
     (tmp_path / "shop.yaml").write_text(blocks[0])
     dataset = open_dataset(prepare(str(tmp_path / "shop.yaml"), tmp_path / "out"))
-    assert dataset.schema.num_rows == {
+    assert dataset.schema.open_tables == {"campaign"}
+    assert {name: rows for name, rows in dataset.schema.num_rows.items() if name != "campaign"} == {
         "item": 61, "brand": 8, "seller": 10_001, "price": 11, "colours": 4, "quantity": 5, "user": 21, "interests": 3,
         "person": 5}
     assert [one.name for one in dataset.schema.item_features] == [
-        "item", "brand", "seller", "price", "colours.0", "colours.1"]
+        "item", "brand", "seller", "campaign", "price", "colours.0", "colours.1"]
     assert [one.name for one in dataset.schema.user_features if one.multi_valued] == ["interests", "person"]
     batch = make_batch(dataset, dataset.split_rows("test"), max_events=50)
     validate_batch(batch, dataset.schema)
