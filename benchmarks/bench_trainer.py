@@ -257,7 +257,7 @@ def recomputed(rank: int, size: int, data: Path) -> list[str]:
         trainers = {recompute: build("completejourney.yaml", data, *PAPER, "data.max_events=4096",
                                      f"train.recompute={recompute}", "data.loader_processes=0")
                     for recompute in ("[]", parts)}
-        batch = made_up(trainers[parts].dataset.schema, [4096] * 4, 20)
+        batch = made_up(trainers[parts].dataset.schema, [4096] * 16, 20)
         peaks = {name: peak_of_tower(trainer, [batch]) for name, trainer in trainers.items()}
         found = interleave({name: partial(trainer.train_step, [batch]) for name, trainer in trainers.items()}, 5)
         lines += [f"| peak activations, recompute {parts} over none (paper's shape, L = 4096) | <= 0.5 | "

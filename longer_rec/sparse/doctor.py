@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from longer_rec.runtime import machine
 from longer_rec.runtime.cluster_check import Check
-from longer_rec.runtime.determinism import make_deterministic
 from longer_rec.runtime.peak import measured_peak
 
 _GIB = 1 << 30
@@ -162,12 +161,15 @@ def check_machine(facts: Mapping[str, Any]) -> list[Check]:
 
 
 def _check_matmuls() -> Check:
-    """What utilisation is told against, in a process like one that trains."""
-    make_deterministic()
-    device = torch.device("cuda" if machine.gpus() else "cpu")
+    """What utilisation is told against, with the threads of a process that trains."""
+    device, before = torch.device("cuda" if machine.gpus() else "cpu"), torch.get_num_threads()
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(threads) if threads.isdigit() and int(threads) else 1)
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
     reached = [f"{name} {measured_peak(device, dtype, again=True) / 1e9:,.0f}" for name, dtype in kinds.items()]
-    return Check("matmuls", "ok", f"{', '.join(reached)} GFLOP/s a rank, {torch.get_num_threads()} thread(s)")
+    found = f"{', '.join(reached)} GFLOP/s a rank, {torch.get_num_threads()} thread(s)"
+    torch.set_num_threads(before)
+    return Check("matmuls", "ok", found)
 
 
 def _check_trials() -> list[Check]:
