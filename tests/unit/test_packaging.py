@@ -59,6 +59,7 @@ def test_the_readme_tells_the_versions_of_the_sets():
 
 def test_every_command_of_the_readme_exists():
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    commands |= {group.name for group in app.registered_groups}
     named = set(re.findall(r"`longer-rec (\w+)", README))
     assert named
     assert named <= commands
