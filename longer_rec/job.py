@@ -133,9 +133,9 @@ def row_lookups(job: Job, dataset: Dataset, say: bool = False) -> dict[str, Floa
     if stored is not None:
         return stored
     if say:
-        why = f"has them for {STORED_EVENTS}" if "lookups" in dataset.summary else "was prepared without them"
-        print(f"{job.name}: lookups of rows are counted for data.max_events={max_events}; {dataset.path} {why}",
-              flush=True)
+        has = f"those for {STORED_EVENTS}" if "lookups" in dataset.summary else "none: prepare it again to keep them"
+        print(f"{job.name}: counting how often rows are looked up with data.max_events={max_events}; {dataset.path} "
+              f"has {has}", flush=True)
     return count_lookups(dataset, max_events)
 
 

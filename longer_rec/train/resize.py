@@ -61,6 +61,8 @@ def resize_run(run_dir: Path, num_ranks: int) -> str:
     job = load_job(run_dir)
     _check_size(job, str(num_ranks))
     holder = holder_of(run_dir)
+    if holder is None and (run_dir / "results.json").exists():
+        raise ConfigError(f"{run_dir} has finished; there is nothing left to resize")
     if holder is None:
         raise ConfigError(f"{run_dir} is not running; start it with `longer-rec launch … --nproc {num_ranks}`")
     launcher = re.search(r"\(launch (\d+)\) on (\S+)", holder)

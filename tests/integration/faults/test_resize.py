@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -166,7 +167,11 @@ def refused(commands: CommandServer, run_dir: Path, num_ranks: int) -> str:
 def test_what_cannot_be_resized_is_refused_with_the_remedy(commands: CommandServer, synthetic: Path, tmp_path: Path,
                                                            whole: Path, trained_once: Path) -> None:
     assert re.match("nowhere is no readable run directory: .*; give one", refused(commands, Path("nowhere"), 2))
-    assert re.match(r".* is not running; start it with `longer-rec launch … --nproc 2`", refused(commands, whole, 2))
+    assert re.match(".* has finished; there is nothing left to resize", refused(commands, whole, 2))
+    stopped = tmp_path / "stopped"
+    shutil.copytree(whole, stopped)
+    (stopped / "results.json").unlink()
+    assert re.match(r".* is not running; start it with `longer-rec launch … --nproc 2`", refused(commands, stopped, 2))
     assert refused(commands, whole, 0).startswith("'0' processes cannot train; use 1 or more")
     assert re.match(rf"5 processes are more than elastic.num_workers={W}, .*use at most 4", refused(commands, whole, 5))
     runs = {}
