@@ -19,7 +19,7 @@ from longer_rec.runtime.peak import measured_peak
 
 _GIB = 1 << 30
 _TRIALS_TIMEOUT_S = 80.0
-_IMPORT_TIMEOUT_S = 60.0
+_IMPORT_TIMEOUT_S = 180.0
 _LOAD = ("import warnings; warnings.simplefilter('ignore'); import torch, fbgemm_gpu, torchrec; "
          "torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([1, 2])); print(torchrec.__version__)")
 # FBGEMM's minor version must be the one built against torch's: one off, and its libraries do not load.

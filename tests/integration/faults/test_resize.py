@@ -59,22 +59,27 @@ def moves(run_dir: Path) -> list[tuple[int, int, int]]:
     return [(each["step"], each["from"], each["to"]) for each in events(run_dir) if each["event"] == "continued"]
 
 
-def hold(run_dir: Path, steps: Mapping[int, int], requests: Mapping[int, tuple[str, ...]] | None = None) \
-        -> Callable[[], None]:
+def hold(run_dir: Path, steps: Mapping[int, int], requests: Mapping[int, tuple[str, ...]] | None = None,
+         overtaken: tuple[int, ...] = ()) -> Callable[[], None]:
     """In rank 0 of start n: before the step after ``steps[n]``, write ``requests[n]``, and wait until told to stop.
 
-    Or until a request is refused. So the step at which a run is resized is known.
+    Or until a request is refused. So the step at which a run is resized is known. Starts that are ``overtaken`` never
+    get ready: the request that each is for is the first of its step's, and the next one is written when it is there.
     """
     def begin() -> None:
         start = int(os.environ["LONGER_REC_ATTEMPT"])
+        if start in overtaken:
+            (run_dir / f"forked-{start}").touch()
+            signal.pause()  # until it is dropped
 
         def train_step(original: Callable[..., Any], self: Trainer, *rest: Any) -> Any:
             if os.environ["RANK"] == "0" and self.step == steps.get(start):
                 (run_dir / f"held-{start}").touch()
-                for text in (requests or {}).get(start, ()):
+                for number, text in enumerate((requests or {}).get(start, ())):
+                    while number == 1 and start + 1 in overtaken and not (run_dir / f"forked-{start + 1}").exists():
+                        time.sleep(0.01)
                     (run_dir / "resize.new").write_text(text)
                     (run_dir / "resize.new").rename(run_dir / "resize")
-                    time.sleep(0.6)
                 while not self.stop.received and not any(each["event"] == "refused" for each in events(run_dir)):
                     time.sleep(0.01)
             return original(self, *rest)
@@ -112,7 +117,7 @@ def test_of_two_requests_in_a_row_and_while_a_checkpoint_is_written_the_last_one
     """The processes of each request are start 1, 2, …, and those of one that is overtaken are dropped."""
     run_dir = tmp_path / "run"
     slow_save = Faults().stop(rank=1, step=2).during("save")  # goes on when it is told to below
-    begin = hold(run_dir, {0: 2, 2: 4}, {0: ("4", " 3\n"), 2: ("1", "3", "2")})
+    begin = hold(run_dir, {0: 2, 2: 4}, {0: ("4", " 3\n"), 2: ("1", "3", "2")}, overtaken=(1, 3))
     with launch_run(run_dir, synthetic, *SHORT, "train.checkpoint_every=2", faults=slow_save, begin=begin,
                     max_restarts=0, stopped_grace_s=60) as run:
         until(lambda: is_stopped(run), 60, run)

@@ -164,7 +164,7 @@ def test_a_loading_process_ends_with_its_loader(dataset: Dataset) -> None:
     next(steps)
     helper, = multiprocessing.active_children()
     del steps
-    helper.join(5)
+    helper.join(60)
     assert helper.exitcode == 0
 
 
