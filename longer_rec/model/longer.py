@@ -35,7 +35,11 @@ _SIDES = ("encode", "encode_hidden", "score")
 
 
 class TowerConfig(Config):
-    """D = ``width``, K = ``merge_size``, X = K * D; ``num_heads`` 0 means K, the fewest that match slot by slot."""
+    """D = ``width``, K = ``merge_size``, X = K * D.
+
+    ``num_heads`` 0 means K, the fewest that match slot by slot. With h * K of them the heads of a slot start as
+    matchers of different item features, while there are as many: the item, and what it is.
+    """
 
     kind: Literal["longer"] = "longer"
     width: int = pydantic.Field(32, ge=1)
@@ -70,6 +74,11 @@ class TowerConfig(Config):
     @property
     def heads(self) -> int:
         return self.num_heads or self.merge_size
+
+    def heads_by_field(self, num_features: int) -> int:
+        """Heads of a slot that start as matchers of features of their own; 1: all of them compare whole tokens."""
+        per_slot = self.heads // self.merge_size if self.heads % self.merge_size == 0 else 1
+        return per_slot if per_slot <= num_features and self.matcher_gamma and not self.projection_hidden else 1
 
     @property
     def megatron_layers(self) -> int:
@@ -126,6 +135,8 @@ class LongerTower(nn.Module):
         self.item_names, self.user_names = tuple(widths.item), tuple(widths.user)
         self.tokens = EventTokens(widths, config.width, config.merge_size, config.projection_hidden, max_events,
                                   config.age_buckets, config.age_width)
+        if (num_blocks := config.heads_by_field(len(widths.item))) > 1:
+            self.tokens.start_by_field(num_blocks)
         self.merge = TokenMerge(config.width, config.merge_size, config.inner_trans)
         self.globals = UserGlobals(widths, X, config.user_token, config.num_cls_tokens)
         if config.sampling == "learnable":

@@ -36,7 +36,8 @@ class EventTokens(nn.Module):
                  age_buckets: int, age_width: int) -> None:
         super().__init__()
         self.item_names, self.event_names = tuple(widths.item), tuple(widths.event)
-        self.item_width = sum(widths.item.values())
+        self.item_widths = tuple(widths.item.values())
+        self.item_width = sum(self.item_widths)
         self.merge_size = merge_size
         event_width = sum(widths.event.values())
         self.age = nn.Embedding(age_buckets, age_width)
@@ -51,6 +52,25 @@ class EventTokens(nn.Module):
         nn.init.orthogonal_(self.first.weight)
         nn.init.normal_(self.age.weight, std=0.3)
         nn.init.normal_(self.position.weight, std=0.02)
+
+    @torch.no_grad()
+    def start_by_field(self, num_blocks: int) -> None:
+        """Let each of ``num_blocks`` equal parts of a token start as a view of item features of its own.
+
+        The first part reads the schema's first item feature, the item itself, the others share the rest in turn: so a
+        head that compares this part counts matches of these features alone. In a token of all features the item, whose
+        embedding is the longest, drowns what its category or brand would tell. Event features and ages start at a
+        tenth, for they are no part of a match.
+        """
+        weight = self.first.weight
+        columns = torch.arange(self.item_width).split(self.item_widths)
+        num_others = num_blocks - 1
+        fields = [columns[:1], *(columns[1 + number::num_others] for number in range(num_others))]
+        weight[:, self.item_width:] *= 0.1
+        weight[:, :self.item_width] = 0.0
+        for rows, features in zip(torch.arange(weight.shape[0]).chunk(num_blocks), fields, strict=True):
+            read = torch.cat(features)
+            weight[rows.unsqueeze(1), read] = nn.init.orthogonal_(weight.new_empty(rows.numel(), read.numel()))
 
     def events(self, user: UserSide) -> Tensor:
         """T x D."""

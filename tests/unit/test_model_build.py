@@ -9,7 +9,7 @@ import torch
 
 from longer_rec.config import Config, build_config
 from longer_rec.errors import ConfigError
-from longer_rec.model.inputs import InputWidths
+from longer_rec.model.inputs import CandidateSide, InputWidths
 from longer_rec.model.layers import CausalLayer
 from longer_rec.model.longer import LongerTower
 from longer_rec.model.norms import layer_norms
@@ -111,6 +111,28 @@ def test_head_j_starts_as_a_matcher_of_slot_j() -> None:
         score = (query.view(K, D) * moved.view(K, D)).sum(1) / D**0.5
         assert (score > 10).all() if other == 0 else (score < 10).all()
     assert torch.equal(key, layer.qkv(slots.flatten())[K * D:2 * K * D])
+
+
+@pytest.mark.parametrize("num_heads", [0, 2, 4, 6, 8])
+def test_heads_of_a_slot_start_as_matchers_of_features_of_their_own(num_heads: int) -> None:
+    """With 2 heads a slot: one of the item and one of the rest; with more heads than features all read everything."""
+    torch.manual_seed(0)
+    widths = {"item": 16, "category": 4, "brand": 4}
+    config = TowerConfig(width=24, merge_size=2, num_heads=num_heads, num_queries=2)
+    tower = LongerTower(config, InputWidths(widths, {"action": 2}, {}, 0), 1, 10)
+    per_slot = max(num_heads, 2) // 2
+    reads: dict[str, list[bool]] = {}
+    for changed in widths:
+        embedding = {name: torch.randn(1, width).repeat(2, 1) for name, width in widths.items()}
+        embedding[changed] = torch.randn(2, widths[changed])
+        token_CX = tower.tokens.candidates(CandidateSide(embedding, {}, torch.zeros(2, 0), torch.tensor([2])))
+        assert token_CX.shape == (2, 48)
+        parts = (token_CX[0] != token_CX[1]).view(2, per_slot, -1).any(dim=2)
+        assert torch.equal(parts[0], parts[1]), "both slots alike"
+        reads[changed] = parts[0].tolist()
+    expected = {2: {"item": [True, False], "category": [False, True], "brand": [False, True]},
+                3: {"item": [True, False, False], "category": [False, True, False], "brand": [False, False, True]}}
+    assert reads == expected.get(per_slot, dict.fromkeys(widths, [True] * per_slot))
 
 
 @pytest.mark.parametrize("settings", [
