@@ -51,7 +51,7 @@ test: lint ## lint, then every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-faults: $(STAMP) ## every fault test at its full count; writes benchmarks/results/reliability_*.md
-	OMP_NUM_THREADS=1 LONGER_REC_FAULTS=full $(BIN)/python -m pytest tests/integration/faults tests/integration/serving/test_server.py --timeout 3600 $(ARGS)
+	OMP_NUM_THREADS=1 LONGER_REC_FAULTS=full $(BIN)/python -m pytest tests/integration/faults tests/integration/serving/test_server.py tests/unit/test_user_cache.py --timeout 3600 $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .
