@@ -193,6 +193,8 @@ class Engine:
         for waiting, thread in zip((self._prefills, self._scorings), self._threads, strict=True):
             waiting.put(None)
             thread.join(max(0.0, end - time.monotonic()))
+        if self.files is not None:
+            self.files.clear()
 
     def _serve(self, bundle: Bundle) -> Served:
         config = self.config

@@ -39,8 +39,8 @@ class StateFiles:
     """One file a state, ``limit_bytes`` of them at most, the least recently written goes first.
 
     ``take`` moves a state back, so that it lies in one tier alone. What files hold is known to their process alone, so
-    those of one before it are deleted. A file that cannot be written, or is not what was written, costs a prefill and
-    a line in the log. Thread-safe.
+    those that a killed one left are deleted. A file that cannot be written, or is not what was written, costs a prefill
+    and a line in the log. Thread-safe.
     """
 
     def __init__(self, directory: Path, limit_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -113,6 +113,12 @@ class StateFiles:
             for key in keys:
                 self._drop(key)
             return len(keys)
+
+    def clear(self) -> None:
+        """Delete all files: nothing else knows what they hold."""
+        with self._lock:
+            while self._filed:
+                self._drop(next(iter(self._filed)))
 
     def _drop(self, key: CacheKey) -> None:
         filed = self._filed.pop(key, None)

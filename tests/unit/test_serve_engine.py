@@ -246,7 +246,9 @@ def test_evicted_states_come_back_from_files_and_answer_alike(bundle: Bundle, da
     assert ask(engine, body(2)).source == "prefill"
     engine.swap(load_bundle(write_random_bundle(dataset, tmp_path / "new", seed=1)))
     assert ask(engine, body(3)).source == "prefill"
+    assert len(engine.files) > 0
     engine.close()
+    assert list((tmp_path / "states").iterdir()) == []
 
 
 def test_within_a_time_quantum_requests_hit(engine: Engine) -> None:
