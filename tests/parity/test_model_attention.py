@@ -144,7 +144,7 @@ def test_own_tokens_equal_reference(mask: OwnMask, unseen_history: bool) -> None
 @pytest.mark.parametrize("mask", [own_mask(1), own_mask(2), own_mask(2, 3), own_mask(1, 2, True)],
                          ids=lambda mask: str(mask.seen))
 @pytest.mark.parametrize(("num_candidates", "num_keys"), [(5, 7), (1, 1), (4, 0), (0, 3)])
-@pytest.mark.parametrize("scores", [1, 1 << 18], ids=["candidate by candidate", "at once"])
+@pytest.mark.parametrize("scores", [1, 1 << 20], ids=["candidate by candidate", "at once"])
 def test_one_softmax_over_keys_and_own_tokens_equals_reference(monkeypatch: pytest.MonkeyPatch, mask: OwnMask,
                                                                num_candidates: int, num_keys: int, scores: int) -> None:
     monkeypatch.setattr(own_attention, "_SCORES", scores)
