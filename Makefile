@@ -52,7 +52,7 @@ test: lint ## lint, then every test
 
 test-faults: $(STAMP) ## every fault test at its full count; writes benchmarks/results/reliability_*.md
 	OMP_NUM_THREADS=1 LONGER_REC_FAULTS=full $(BIN)/python -m pytest tests/integration/faults tests/integration/serving/test_server.py \
-	  tests/integration/test_portable.py --timeout 3600 $(ARGS)
+	  tests/integration/test_portable.py tests/unit/test_user_cache.py --timeout 3600 $(ARGS)
 
 lint: $(STAMP) ## ruff, mypy and the import contracts
 	$(BIN)/ruff check .

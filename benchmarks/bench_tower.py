@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from longer_rec.config import load_config
 from longer_rec.data.history import open_dataset
@@ -28,7 +29,7 @@ from longer_rec.data.loader import TrainLoader
 from longer_rec.job import Job
 from longer_rec.model.baselines.hstu import HstuConfig
 from longer_rec.model.baselines.transformer import TransformerConfig
-from longer_rec.model.flops import flop_counter, tower_flops
+from longer_rec.model.flops import tower_flops
 from longer_rec.model.inputs import CandidateSide, InputWidths, UserSide
 from longer_rec.model.longer import TowerConfig
 from longer_rec.model.merge import InnerTransConfig
@@ -215,7 +216,7 @@ def padding(shapes: Shapes) -> None:
         for user, candidates in batches[:12]:
             useful += tower_flops(config, WIDTHS, 1, user.length_B.tolist(), candidates.length_B.tolist()).total
             for bf16 in (False, True):
-                with (torch.no_grad(), flop_counter() as counter,
+                with (torch.no_grad(), FlopCounterMode(display=False) as counter,
                       torch.autocast("cpu", torch.bfloat16, enabled=bf16)):
                     tower.score(tower.encode(user), candidates)
                 executed[bf16] += counter.get_total_flops()

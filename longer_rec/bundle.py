@@ -24,9 +24,10 @@ from longer_rec.config import Config, build_config
 from longer_rec.data.encode import Encoder, Vocabulary, load_encoders, save_encoders
 from longer_rec.data.history import Dataset
 from longer_rec.data.instance_sources import InstancesConfig, StoredInstances
-from longer_rec.errors import LongerRecError, ServeError
+from longer_rec.errors import ConfigError, LongerRecError, ServeError
 from longer_rec.model.inputs import InputWidths
 from longer_rec.model.jagged import request_of
+from longer_rec.model.linear import lay_out_for_inference
 from longer_rec.model.tower import AnyTowerConfig, build_tower
 from longer_rec.ranker import Ranker
 from longer_rec.schema import Schema, load_schema
@@ -220,12 +221,16 @@ def read_bundle_manifest(path: Path) -> tuple[BundleManifest, str]:
     return manifest, version
 
 
-def load_bundle(path: Path, device: torch.device | str = "cpu", store: Path | None = None) -> Bundle:
+def load_bundle(path: Path, device: torch.device | str = "cpu", store: Path | None = None,
+                dtype: torch.dtype = torch.float32) -> Bundle:
     """Read a bundle, every byte held against its hash; ``ServeError`` names the file that is not what was written.
 
-    ``store``: where the store of instances lies now, by default where it lay at the export.
+    ``store``: where the store of instances lies now, by default where it lay at the export. ``dtype``: of the operands
+    of the tower's linear maps.
     """
     manifest, version = read_bundle_manifest(path)
+    if dtype != torch.float32 and manifest.model.kind != "longer":
+        raise ConfigError(f"{path} holds a {manifest.model.kind}, which is served in fp32 alone; leave precision out")
     content = {name: _verified(path / name, entry) for name, entry in manifest.files.items()}
     instances = _open_instances(path, manifest, store)
     try:
@@ -234,6 +239,7 @@ def load_bundle(path: Path, device: torch.device | str = "cpu", store: Path | No
         schema, encoders = load_schema(path / "schema.json"), load_encoders(path)
         tower = build_tower(manifest.model, manifest.widths, len(schema.tasks), manifest.max_events)
         tower.load_state_dict(weights)
+        lay_out_for_inference(tower, dtype)
         of = {kind: {key.partition("/")[2]: value for key, value in tables.items() if key.startswith(f"{kind}/")}
               for kind in ("table", "item", "user", "user_offsets")}
         ranker = Ranker(schema, ServedTables(schema, manifest.pooling, of["table"]), tower)

@@ -93,11 +93,12 @@ def serving(path: Path, settings: dict[str, Any], cores: int = 0) -> Iterator[Ru
                           "or for 0, which shares them")
     command = [sys.executable, "-m", "longer_rec", "serve", str(path), "port=0",
                *(f"{name}={value}" for name, value in settings.items())]
-    os.sched_setaffinity(0, usable[:cores] or usable)  # a child has its parent's
+    # A child has its parent's. The last ones: the system's own work is mostly on the first.
+    os.sched_setaffinity(0, usable[-cores:])
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     finally:
-        os.sched_setaffinity(0, usable[cores:])
+        os.sched_setaffinity(0, usable[:-cores] or usable)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

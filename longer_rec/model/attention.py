@@ -36,26 +36,8 @@ def attend(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, plan: Attentio
 def attend_all(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, query_length_B: Tensor, key_length_B: Tensor
                ) -> tuple[Tensor, Tensor]:
     """``attend`` without a mask: each query sees all keys of its request."""
-    if query_QHE.device.type != "cpu" or query_QHE.dtype != torch.float32 or torch.is_grad_enabled():
-        return attend(query_QHE, key_SHE, value_SHE,
-                      plan_attention(query_length_B, key_length_B, query_QHE.shape[1], causal=False))
-    # Request by request without a gather or a padded row, and without scores in memory: half to a third of the time.
-    lengths = query_length_B.tolist(), key_length_B.tolist()
-    parts = [_attend_one(*each) for each in zip(query_QHE.split(lengths[0]), key_SHE.split(lengths[1]),
-                                                value_SHE.split(lengths[1]), strict=True)]
-    # A rank joins the others' last batch of an evaluation without requests.
-    parts = parts or [_attend_one(query_QHE, key_SHE, value_SHE)]
-    return parts[0] if len(parts) == 1 else (torch.cat([output for output, _ in parts]),
-                                             torch.cat([log_sum for _, log_sum in parts]))
-
-
-def _attend_one(query_QHE: Tensor, key_SHE: Tensor, value_SHE: Tensor) -> tuple[Tensor, Tensor]:
-    if key_SHE.shape[0] == 0 or query_QHE.shape[0] == 0:
-        return torch.zeros_like(query_QHE), query_QHE.new_full(query_QHE.shape[:2], -math.inf)
-    # torch's public function keeps the log-sum-exp to itself.
-    output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *(each.transpose(0, 1).unsqueeze(0) for each in (query_QHE, key_SHE, value_SHE)))
-    return output[0].transpose(0, 1), log_sum[0].transpose(0, 1)
+    return attend(query_QHE, key_SHE, value_SHE,
+                  plan_attention(query_length_B, key_length_B, query_QHE.shape[1], causal=False))
 
 
 def join(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

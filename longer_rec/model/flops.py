@@ -6,10 +6,6 @@ for one forward pass; backward does twice that. Padding within attention groups 
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
-
-import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from longer_rec.model.inputs import InputWidths
 from longer_rec.model.longer import TowerConfig
@@ -57,16 +53,6 @@ def tower_flops(config: TowerConfig, widths: InputWidths, num_tasks: int, histor
     chain = [*config.head.hidden, num_tasks]
     head = 2 * C * (candidate_in * chain[0] + _chain(chain)) + 2 * B * user_in * chain[0]
     return TowerFlops(inputs, merge, _interaction_flops(config, widths, C), layers[0], sum(layers[1:]), head)
-
-
-def flop_counter() -> FlopCounterMode:
-    """``torch.utils.flop_counter``, which does not know the fused CPU attention that scoring calls."""
-    def fused(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-        count: int = sdpa_flop_count(query, key, value)
-        return count
-
-    return FlopCounterMode(display=False, custom_mapping={
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: fused})
 
 
 def sampled_rows(config: TowerConfig, history_lengths: Sequence[int]) -> list[int]:

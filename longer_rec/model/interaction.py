@@ -6,6 +6,7 @@ side groups its events into runs, one per distinct value, so a candidate costs a
 ever made. Id 0, out-of-vocabulary, matches nothing. A basket is the set of a history's events at one time.
 """
 
+import math
 from typing import Literal
 
 import pydantic
@@ -119,40 +120,35 @@ def describe(config: InteractionConfig, raw: Tensor, user_CF: Tensor) -> Tensor:
     The scaling is fixed rather than estimated: nothing to fit, store or get wrong between training and serving.
     """
     newest_age, oldest_age, newest_basket, oldest_basket, position, baskets = raw[..., :NUM_EXTREMES].unbind(-1)
-    num_counts = len(config.decays) + len(config.windows)
-    counts = raw[..., NUM_EXTREMES:NUM_EXTREMES + num_counts]
-    basket_counts = raw[..., NUM_EXTREMES + num_counts:]
     events, all_baskets = user_CF[:, 0], user_CF[:, 1]
-    matched = (baskets > 0).to(raw.dtype)
-    repeated = (baskets > 1).to(raw.dtype)
-    gaps = (baskets - 1).clamp(min=1)
-    period = newest_age / ((oldest_age - newest_age) / gaps).clamp(min=0.02) * repeated
-    basket_period = (newest_basket + 1) / ((oldest_basket - newest_basket) / gaps).clamp(min=0.5) * repeated
+    matched, repeated = torch.stack([baskets > 0, baskets > 1]).to(raw.dtype)
+    # In weeks and in baskets: how long ago the newest match was, in mean distances between matches.
+    newest = torch.stack([newest_age, newest_basket + 1])
+    span = torch.stack([oldest_age - newest_age, oldest_basket - newest_basket])
+    distance = (span / (baskets - 1).clamp(min=1)).maximum(_like(raw, (0.02, 0.5)).view(2, 1, 1))
+    periods = (newest / distance * repeated).clamp(max=math.expm1(4))
     regularity = baskets / (oldest_basket + 1) * matched
-    share = counts[..., -1] / (events + 5)
+    share = raw[..., NUM_EXTREMES + len(config.decays) + len(config.windows) - 1] / (events + 5)
     basket_share = baskets / (all_baskets + 1)
-    columns = [
-        matched,
-        ((newest_age.log1p() * matched + 4 * (1 - matched)) - 2) / 1.5,
-        (oldest_age.log1p() - 2) / 1.5,
-        ((newest_basket.log1p() * matched + 5.7 * (1 - matched)) - 3) / 2,
-        ((position.log1p() * matched + 7.6 * (1 - matched)) - 4) / 2.5,
-        baskets.log1p() - 0.7,
-        period.log1p().clamp(max=4) - 0.5,
-        basket_period.log1p().clamp(max=4) - 0.5,
-        repeated,
-        regularity * 2,
-        ((regularity + 0.01).log() + 3) / 1.5,
-        ((share + 1e-3).log() + 5) / 1.5,
-        ((basket_share + 1e-2).log() + 3.5) / 1.2,
-        basket_share * 3,
-    ]
-    described = torch.cat([torch.stack(columns, dim=-1), ((4 * counts).log1p() - 1.5) / 1.5,
-                           ((4 * basket_counts).log1p() - 1.5) / 1.5], dim=-1)
+    counts = 4 * raw[..., NUM_EXTREMES:]
+    logs = torch.stack([newest_age, oldest_age, newest_basket, position, baskets, *periods, regularity, share,
+                        basket_share], dim=-1)
+    table = _like(raw, (*_LOGS, *[_COUNT_LOG] * counts.shape[-1])).T
+    added, centre, spread, unmatched = table
+    logs = torch.cat([logs, counts], dim=-1).add_(added).log_().sub_(centre)
+    logs = torch.addcmul(logs, 1 - matched.unsqueeze(-1), unmatched).div_(spread)
+    first, shares, counted = logs.split([7, 3, counts.shape[-1]], dim=-1)
+    described = torch.cat([matched.unsqueeze(-1), first, torch.stack([repeated, regularity * 2], dim=-1), shares,
+                           (basket_share * 3).unsqueeze(-1), counted], dim=-1)
     totals = (user_CF.log1p() - _like(user_CF, USER_CENTER)) / _like(user_CF, USER_SCALE)
     return torch.cat([described.transpose(0, 1).flatten(1), totals], dim=1)
 
 
+# Of each logarithm in ``describe``: what is added before it, centre, spread, and what stands for it without a match.
+_LOGS = ((1.0, 2.0, 1.5, 4.0), (1.0, 2.0, 1.5, 0.0), (1.0, 3.0, 2.0, 5.7), (1.0, 4.0, 2.5, 7.6), (1.0, 0.7, 1.0, 0.0),
+         (1.0, 0.5, 1.0, 0.0), (1.0, 0.5, 1.0, 0.0), (0.01, -3.0, 1.5, 0.0), (1e-3, -5.0, 1.5, 0.0),
+         (1e-2, -3.5, 1.2, 0.0))
+_COUNT_LOG = (1.0, 1.5, 1.5, 0.0)
 # Of log(1 + events, baskets, age of the newest event, age of the oldest event).
 USER_CENTER = (6.0, 4.0, 0.4, 3.0)
 USER_SCALE = (1.0, 1.0, 0.5, 1.0)
@@ -202,7 +198,7 @@ def build_interaction(config: InteractionConfig | None, widths: InputWidths) -> 
     return Interaction(config, config.fields or tuple(widths.item), config.input_width(widths))
 
 
-def _like(tensor: Tensor, values: tuple[float, ...]) -> Tensor:
+def _like(tensor: Tensor, values: tuple[float | tuple[float, ...], ...]) -> Tensor:
     return torch.tensor(values, dtype=tensor.dtype, device=tensor.device)
 
 

@@ -11,7 +11,7 @@ from longer_rec.model.attention import attend, attend_all, join
 from longer_rec.model.attention_plan import plan_attention
 from longer_rec.model.linear import Linear, for_attention, linear
 from longer_rec.model.norms import HeadNorm, LayerNorms, NormKind, build_norm, init_megatron
-from longer_rec.model.own_attention import OwnMask, merge_own
+from longer_rec.model.own_attention import OwnMask, attend_and_merge, cat_or_one, merge_own
 from longer_rec.model.phd import Chunk
 from longer_rec.model.sampling import Queries
 from longer_rec.model.state import LayerCache
@@ -90,6 +90,12 @@ class CausalLayer(nn.Module):
         C, _, X = token_CGX.shape
         Q = len(mask.seen)
         query_CQHE, key_CGHE, value_CGHE = self.own_heads(self.attention_norm(token_CGX), Q)
+        if cache.window is None and token_CGX.device.type == "cpu" and not torch.is_grad_enabled():
+            counts, lengths = num_candidates_B.tolist(), cache.length_B.tolist()
+            mixed_CQHE = cat_or_one([attend_and_merge(*one, mask) for one in zip(
+                query_CQHE.split(counts), cache.key_SHE.split(lengths), cache.value_SHE.split(lengths),
+                key_CGHE.split(counts), value_CGHE.split(counts), strict=True)] or [query_CQHE])
+            return self._finish(token_CGX[:, -Q:], mixed_CQHE.reshape(C, Q, X))
         shared, log_sum = attend_all(query_CQHE.flatten(0, 1), cache.key_SHE, cache.value_SHE, num_candidates_B * Q,
                                      cache.length_B)
         if cache.window is not None:
@@ -113,7 +119,8 @@ class CausalLayer(nn.Module):
     def own_heads(self, normed_CGX: Tensor, num_queries: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of candidates' tokens: the last ones' queries, C x Q x H x E, all keys and gated values, C x G x H x E."""
         X, weight = self.merged_width, self.qkv.weight
-        if not self.norms.heads:  # the gate in the weights, which costs no pass over the candidates
+        gate_weight = not self.norms.heads and normed_CGX.shape[:2].numel() > X and weight.dtype == self.own_gain.dtype
+        if gate_weight:  # one pass over the weights, not over the candidates
             query_key, value = weight.split([2 * X, X])
             weight = torch.cat([query_key, value * self.own_gain.unsqueeze(1)])
         if num_queries == normed_CGX.shape[1]:
@@ -122,7 +129,7 @@ class CausalLayer(nn.Module):
             parts = (linear(normed_CGX[:, -num_queries:], weight[:X]),
                      *linear(normed_CGX, weight[X:]).chunk(2, dim=-1))
         query_CQHE, key_CGHE, value_CGHE = (self._heads(each) for each in parts)
-        if not self.norms.heads:
+        if gate_weight:
             return query_CQHE, key_CGHE, value_CGHE
         gain_HE = self._heads(self.own_gain).to(value_CGHE.dtype)
         return self.query_norm(query_CQHE), self.key_norm(key_CGHE), self.value_norm(value_CGHE) * gain_HE

@@ -5,11 +5,16 @@ is one softmax: with the log-sum-exp of the shared part its output enters like a
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from longer_rec.model.linear import batched
+
+_SCORES = 1 << 20  # elements of the score matrix at a time without gradients: 4 MB; with 1 MB a third slower
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,50 @@ def merge_own(output_QHE: Tensor, log_sum_QH: Tensor, query_CGHE: Tensor, key_CG
     shared_CGHE = output_QHE.view(query_CGHE.shape)
     return _MergeOwn.apply(shared_CGHE, log_sum_QH.view(query_CGHE.shape[:3]), query_CGHE, key_CGHE, value_CGHE,
                            mask.seen)
+
+
+def attend_and_merge(query_CQHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, own_key_CGHE: Tensor,
+                     own_value_CGHE: Tensor, mask: OwnMask) -> Tensor:
+    """``attend`` to all keys of one request and ``merge_own`` without gradients, as one softmax: C x Q x H x E.
+
+    Two thirds of the time of the two, though one was fused (64 candidates, 251 keys, 8 heads of 32: 0.30 against 0.44
+    ms), and at 1,024 candidates a seventh more (a Xeon core with AVX-512, torch 2.13, December 2026).
+    """
+    _, Q, H, _ = query_CQHE.shape
+    at_once = max(1, _SCORES // (Q * H * max(1, key_SHE.shape[0])))
+    pieces = zip(query_CQHE.split(at_once), own_key_CGHE.split(at_once), own_value_CGHE.split(at_once), strict=True)
+    return cat_or_one(_one_softmax(query, key_SHE, value_SHE, own_key, own_value, mask)
+                      for query, own_key, own_value in pieces)
+
+
+def cat_or_one(parts: Iterable[Tensor]) -> Tensor:
+    """``torch.cat``, which copies even where there is nothing to join."""
+    first, *others = parts
+    return torch.cat([first, *others]) if others else first
+
+
+def _one_softmax(query_CQHE: Tensor, key_SHE: Tensor, value_SHE: Tensor, own_key_CGHE: Tensor, own_value_CGHE: Tensor,
+                 mask: OwnMask) -> Tensor:
+    C, Q, _, E = query_CQHE.shape
+    G = own_key_CGHE.shape[1]
+    query_CQHE = query_CQHE / math.sqrt(E)
+    own_HQG = (query_CQHE.unsqueeze(2) * own_key_CGHE.unsqueeze(1)).sum(-1).flatten(0, 1).permute(2, 0, 1)
+    if any(len(rows) < G for rows in mask.seen):
+        unseen_QG = torch.tensor([[row not in rows for row in range(G)] for rows in mask.seen])
+        own_HQG = own_HQG.masked_fill(unseen_QG.repeat(C, 1), -math.inf)
+    score_HQS = batched(query_CQHE.flatten(0, 1).transpose(0, 1), key_SHE.permute(1, 2, 0))
+    top = own_HQG.amax(-1, keepdim=True)
+    if score_HQS.shape[2]:
+        top = torch.maximum(top, score_HQS.amax(-1, keepdim=True))
+    score_HQS.sub_(top).exp_()
+    own_HQG = (own_HQG - top).exp_()
+    total = score_HQS.sum(-1, keepdim=True) + own_HQG.sum(-1, keepdim=True)
+    mixed_HQE = batched(score_HQS, value_SHE.transpose(0, 1)).div_(total)
+    share_CQHG = (own_HQG / total).permute(1, 0, 2).unflatten(0, (C, Q))
+    output_CQHE = mixed_HQE.transpose(0, 1).unflatten(0, (C, Q))
+    for row in range(G):
+        output_CQHE = torch.addcmul(output_CQHE, share_CQHG[..., row, None], own_value_CGHE[:, None, row])
+    return output_CQHE
 
 
 class _MergeOwn(torch.autograd.Function):

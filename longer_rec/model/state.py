@@ -72,17 +72,21 @@ def map_state(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def state_bytes(state: UserState) -> int:
-    """Bytes that the state's tensors hold."""
-    total = 0
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors of a state, or of a part of one, in the order of ``map_state``."""
+    tensors: list[Tensor] = []
 
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal total
-        total += tensor.untyped_storage().nbytes()
+    def note(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
         return tensor
 
-    map_state(state, count)
-    return total
+    map_state(value, note)
+    return tensors
+
+
+def state_bytes(state: UserState) -> int:
+    """Bytes that the state's tensors hold."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors_of(state))
 
 
 def join_states(states: Sequence[UserState]) -> UserState:
@@ -106,8 +110,15 @@ def split_state(state: UserState) -> list[UserState]:
     if state.event_id_T is not None:
         ids = state.event_id_T.split(state.layers[0].length_B.tolist())
     memories = [None] * B if state.instances is None else _split_memory(state.instances)
-    return [map_state(UserState(*parts), Tensor.clone)
+    return [map_state(UserState(*parts), _copy)
             for parts in zip(state.head_BF.split(1), caches, runs, ids, memories, strict=True)]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Keys and values head by head, as attention reads them: a tenth of its time."""
+    if tensor.dim() == 3:
+        return tensor.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+    return tensor.clone()
 
 
 def _join_memories(memories: Sequence[InstanceMemory]) -> InstanceMemory:

@@ -82,7 +82,7 @@ class EventTokens(nn.Module):
     def candidates(self, candidates: CandidateSide) -> Tensor:
         """C x X. The part of the projection that all candidates share is worked out once."""
         weight = self.first.weight
-        shared = weight[:, self.item_width:] @ self.absent + self.first.bias
+        shared = weight[:, self.item_width:].to(self.absent.dtype) @ self.absent + self.first.bias
         item = (concat_features(candidates.embedding, self.item_names) if self.item_names
                 else candidates.dense_CF[:, :0].to(weight.dtype))
         token_CD = self.rest(linear(item, weight[:, :self.item_width], shared))

@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import fastapi
 import msgpack
@@ -25,9 +25,10 @@ import uvicorn
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from longer_rec.bundle import load_bundle
+from longer_rec.bundle import Bundle, load_bundle
 from longer_rec.data.request_log import RequestLog
 from longer_rec.errors import ConfigError, DeadlinePassed, LongerRecError, Overloaded, ServeError
+from longer_rec.model.precision import DTYPES
 from longer_rec.runtime.memory import keep_freed_memory
 from longer_rec.serve.engine import Engine, EngineConfig
 from longer_rec.serve.histories import Histories
@@ -46,6 +47,7 @@ class ServeConfig(EngineConfig):
 
     host: str = "127.0.0.1"
     port: int = pydantic.Field(8000, ge=0, le=65535, description="0: one that is free")
+    precision: Literal["fp32", "bf16"] = pydantic.Field("fp32", description="of all matmuls but attention's")
     max_body_bytes: pydantic.ByteSize = pydantic.Field(pydantic.ByteSize(4 << 20), ge=1)
     max_events: int = pydantic.Field(20_000, ge=1, description="of one request's history")
     max_candidates: int = pydantic.Field(2_000, ge=1, description="of one request")
@@ -92,7 +94,7 @@ class Server:
     def __init__(self, path: Path, config: ServeConfig, tokens: Tokens | None) -> None:
         self.path, self.config, self.tokens = path, config, tokens
         self.limits = Limits(config.max_events, config.max_candidates)
-        self.engine = Engine(load_bundle(path, store=config.instances), config)
+        self.engine = Engine(self._load(), config)
         self.histories = Histories(config.history_bytes, config.history_ttl_s)
         self.log = RequestLog(config.log_dir) if config.log_dir else None
         self.is_closing = False
@@ -101,6 +103,9 @@ class Server:
         gauge("history_bytes", "of stored events").set_function(lambda: self.histories.num_bytes)
         gauge("log_lost", "calls that were not logged").set_function(lambda: self.log.num_lost if self.log else 0)
         gauge("histories_forgotten", "for want of room or use").set_function(lambda: self.histories.num_forgotten)
+
+    def _load(self) -> Bundle:
+        return load_bundle(self.path, store=self.config.instances, dtype=DTYPES[self.config.precision])
 
     async def score(self, body: Any, tenant: str, start: float) -> dict[str, Any]:
         """Answer one request; the deadline counts from ``start``."""
@@ -127,7 +132,7 @@ class Server:
         """Add events to a user's stored history."""
         bundle = self.engine.served.bundle
         done = self.histories.append(bundle, tenant, user, body, self.config.max_events)
-        self.engine.served.cache.drop_user(tenant, user)
+        self.engine.drop_user(tenant, user)
         if self.log is not None:
             self.log.add_events(body["events"], raw_user(bundle, user))
         return done
@@ -137,7 +142,7 @@ class Server:
         async with self._reloading:
             old = self.engine.served.bundle
             try:
-                bundle = await asyncio.to_thread(load_bundle, self.path, store=self.config.instances)
+                bundle = await asyncio.to_thread(self._load)
             except LongerRecError as error:
                 _log.error("version %s stays: %s", old.version, error)
                 raise HTTPException(409, "the bundle cannot be read, the server's log says why; the old one stays"
@@ -218,7 +223,7 @@ def create_app(server: Server, started: Callable[[], None] = lambda: None) -> fa
     @app.delete("/v1/users/{user}")
     async def forget(request: fastapi.Request, user: User, tenant: Tenant = "default") -> fastapi.Response:
         known = server.histories.delete(tenant, user)
-        states = server.engine.served.cache.drop_user(tenant, user)
+        states = server.engine.drop_user(tenant, user)
         if not known and not states:
             raise HTTPException(404, "nothing is stored of the user")
         return _reply(request, {"history": known, "states": states})

@@ -4,13 +4,16 @@ A request whose user's state is in the cache goes straight to the scoring thread
 it (torch releases the interpreter lock inside its operations). Each thread takes all that waits for it as one batch.
 """
 
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -25,12 +28,15 @@ from longer_rec.config import Config
 from longer_rec.errors import DeadlinePassed, Overloaded
 from longer_rec.model.inputs import InstanceSide, UserSide, all_ages
 from longer_rec.model.longer import LongerTower
-from longer_rec.model.state import UserState, join_states, map_state, split_state
+from longer_rec.model.state import UserState, join_states, split_state
 from longer_rec.serve.metrics import Metrics
 from longer_rec.serve.request import EncodedRequest
+from longer_rec.serve.rounding import CacheType, restore_layers, round_layers
+from longer_rec.serve.state_files import StateFiles
 from longer_rec.serve.user_cache import CachedState, CacheKey, UserCache
 
-Source = Literal["hit", "retimed", "prefill"]
+_NICE = 5
+Source = Literal["hit", "retimed", "restored", "prefill"]
 
 
 class EngineConfig(Config):
@@ -40,7 +46,9 @@ class EngineConfig(Config):
     cache_bytes: pydantic.ByteSize = pydantic.Field(pydantic.ByteSize(1 << 30), ge=0)
     tenant_bytes: pydantic.ByteSize | None = pydantic.Field(None, gt=0, description="of the cache, for each tenant")
     cache_ttl_s: float = pydantic.Field(3600.0, gt=0)
-    cache_dtype: Literal["float32", "bfloat16"] = pydantic.Field("float32", description="of cached keys and values")
+    cache_dtype: CacheType = pydantic.Field("float32", description="of cached keys and values")
+    state_dir: Path | None = pydantic.Field(None, description="where states go that the cache has no room for")
+    state_dir_bytes: pydantic.ByteSize = pydantic.Field(pydantic.ByteSize(10 << 30), ge=0)
     max_waiting: int = pydantic.Field(256, ge=1, description="requests accepted and not answered; more are refused")
     deadline_ms: float = pydantic.Field(2000.0, gt=0, description="of a request, its body's arrival included")
     batch_requests: int = pydantic.Field(16, ge=1, description="at most, in one prefill or one scoring")
@@ -100,6 +108,7 @@ class Engine:
 
     def __init__(self, bundle: Bundle, config: EngineConfig, metrics: Metrics | None = None) -> None:
         self.config, self.metrics = config, metrics or Metrics()
+        self.files = StateFiles(config.state_dir, config.state_dir_bytes) if config.state_dir else None
         self.served = self._serve(bundle)
         self._lock = threading.RLock()  # an answer given under it counts itself
         self._num_waiting = 0
@@ -118,6 +127,8 @@ class Engine:
         self.metrics.gauge("cache_bytes", "of users' states").set_function(lambda: self.served.cache.num_bytes)
         self.metrics.gauge("cache_states", "users' states kept").set_function(lambda: len(self.served.cache))
         self.metrics.gauge("cache_evicted", "states evicted").set_function(lambda: self.served.cache.counts.evicted)
+        self.metrics.gauge("state_dir_bytes", "of states in files").set_function(
+            lambda: self.files.num_bytes if self.files else 0)
 
     def submit(self, request: EncodedRequest, tenant: str = "", served: Served | None = None) -> "Future[Answer]":
         """The answer to come; ``served`` is what the request was encoded for, by default what serves now.
@@ -162,6 +173,11 @@ class Engine:
         """Whether both threads work."""
         return all(thread.is_alive() for thread in self._threads)
 
+    def drop_user(self, tenant: str, user: str) -> int:
+        """Forget a user's states; how many there were."""
+        num_filed = self.files.drop_user(tenant, user) if self.files is not None else 0
+        return self.served.cache.drop_user(tenant, user) + num_filed
+
     def swap(self, bundle: Bundle) -> None:
         """Requests encoded from now on meet the new bundle and an empty cache; those under way keep theirs."""
         self.served = self._serve(bundle)
@@ -177,10 +193,13 @@ class Engine:
         for waiting, thread in zip((self._prefills, self._scorings), self._threads, strict=True):
             waiting.put(None)
             thread.join(max(0.0, end - time.monotonic()))
+        if self.files is not None:
+            self.files.clear()
 
     def _serve(self, bundle: Bundle) -> Served:
         config = self.config
-        return Served(bundle, UserCache(config.cache_bytes, config.cache_ttl_s, config.tenant_bytes))
+        return Served(bundle, UserCache(config.cache_bytes, config.cache_ttl_s, config.tenant_bytes,
+                                        collects_evicted=self.files is not None))
 
     def _count_answered(self, _: object) -> None:
         with self._lock:
@@ -201,6 +220,7 @@ class Engine:
 
     def _work(self, waiting: "queue.SimpleQueue[Job | None]", work: Callable[[list[Job]], None]) -> None:
         torch.set_num_threads(self.config.threads)
+        _step_back()
         while (jobs := self._take(waiting)) is not None:
             for served in {id(job.served): job.served for job in jobs}.values():
                 own = [job for job in jobs if job.served is served]
@@ -237,10 +257,10 @@ class Engine:
 
     def _prefill(self, jobs: list[Job]) -> None:
         """Encode users together; each then goes to the scoring thread with all who waited for the same state."""
-        jobs = [job for job in jobs if not self._is_abandoned(job)]
+        jobs = [job for job in jobs if not self._is_abandoned(job) and not self._restore(job)]
         if not jobs:
             return
-        bundle, cache = jobs[0].served.bundle, jobs[0].served.cache
+        bundle = jobs[0].served.bundle
         start = time.monotonic()
         for job in jobs:
             self.metrics.queue_s.observe(start - job.submitted)
@@ -251,15 +271,31 @@ class Engine:
         self.metrics.prefill_s.observe(time.monotonic() - start)
         self.metrics.prefill_users.observe(len(jobs))
         for job, state, age_T in zip(jobs, states, ages, strict=True):
-            entry = CachedState(job.key, self._stored(state), job.request.time, age_T.clone())
             job.source = "prefill"
-            with self._lock:
-                ready = [job, *self._followers.pop(job.key, [])]
-                kept = cache.put(entry, pins=len(ready))
-                for each in ready:
-                    each.entry, each.pinned = entry, kept
+            self._hand_on(job, CachedState(job.key, round_layers(state, self.config.cache_dtype), job.request.time,
+                                           age_T.clone()))
+
+    def _restore(self, job: Job) -> bool:
+        """Whether the state that ``job`` needs came back from a file; not one that was found to be of another time."""
+        entry = self.files.take(job.key) if self.files is not None and job.source != "retimed" else None
+        if entry is not None:
+            job.source = "restored"
+            self._hand_on(job, entry)
+        return entry is not None
+
+    def _hand_on(self, job: Job, entry: CachedState) -> None:
+        """To the scoring thread, with all who waited for the same state; what it drives out of the cache into files."""
+        cache = job.served.cache
+        with self._lock:
+            ready = [job, *self._followers.pop(job.key, [])]
+            kept = cache.put(entry, pins=len(ready))
             for each in ready:
-                self._scorings.put(each)
+                each.entry, each.pinned = entry, kept
+        for each in ready:
+            self._scorings.put(each)
+        if self.files is not None:
+            for evicted in cache.take_evicted():
+                self.files.put(evicted)
 
     def _is_abandoned(self, job: Job) -> bool:
         """Nobody waits for the state that ``job`` asked for."""
@@ -300,7 +336,7 @@ class Engine:
             self._answer(job, logits, start)
 
     def _answer(self, job: Job, logit_CY: Tensor, start: float) -> None:
-        if job.source != "prefill":
+        if job.source in ("hit", "retimed"):
             self.metrics.queue_s.observe(start - job.submitted)
         self.metrics.states.labels(job.source).inc()
         job.release()
@@ -311,19 +347,21 @@ class Engine:
         """The state at the time of ``job``; None when it has to be made for it."""
         entry, tower = job.entry, job.served.bundle.ranker.tower
         assert entry is not None
-        state = _with_layers_in(entry.state, torch.float32)
+        state = entry.state if self.config.cache_dtype == "float32" else restore_layers(entry.state)
         if entry.time == job.request.time:
             return state
         job.source = "retimed"
         return tower.retime(state, entry.age_T, _ages(job.request.batch)) if isinstance(tower, LongerTower) else None
 
-    def _stored(self, state: UserState) -> UserState:
-        return _with_layers_in(state, getattr(torch, self.config.cache_dtype))
 
+def _step_back() -> None:
+    """Let the thread that reads and answers sockets go before this one, whenever both could run.
 
-def _with_layers_in(state: UserState, dtype: torch.dtype) -> UserState:
-    return replace(state, layers=map_state(state.layers, lambda tensor: tensor.to(dtype)
-                                           if tensor.is_floating_point() else tensor))
+    On a busy core it would otherwise get a third of the time beside the engine's threads, and a full server's refusals
+    would queue behind the work that they are to keep out.
+    """
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICE)
 
 
 def _without_candidates(batch: RequestBatch) -> RequestBatch:

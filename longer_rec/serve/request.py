@@ -122,7 +122,7 @@ def encode_events(bundle: Bundle, columns: Mapping[str, Any], times: I64) -> Enc
     """Checked columns and times as the rows of tables that the ranker reads."""
     item = bundle.schema.item_features[0].name
     row_T = torch.from_numpy(encode_values(bundle.encoders[item], columns[item], f"history.{item}"))
-    ids = {name: ids[row_T] for name, ids in bundle.items.items()}
+    ids = {name: ids.index_select(0, row_T) for name, ids in bundle.items.items()}
     for feature in bundle.schema.event_features:
         rows = encode_values(bundle.encoders[feature.table], columns[feature.name], f"history.{feature.name}")
         ids[feature.name] = torch.from_numpy(rows)
@@ -140,8 +140,9 @@ def _encode(bundle: Bundle, body: Columns, events: EncodedEvents, instances: dic
     users, lengths, known = _encode_user(bundle, body)
     batch = RequestBatch(
         history=events.ids, history_time_T=events.time_T, history_length_B=torch.tensor([len(events.time_T)]),
-        candidates={name: ids[candidate_row] for name, ids in bundle.items.items()},
-        candidate_dense_CF=bundle.item_dense_VF[candidate_row], num_candidates_B=torch.tensor([len(candidate_row)]),
+        candidates={name: ids.index_select(0, candidate_row) for name, ids in bundle.items.items()},
+        candidate_dense_CF=bundle.item_dense_VF.index_select(0, candidate_row),
+        num_candidates_B=torch.tensor([len(candidate_row)]),
         label_CY=torch.zeros(len(candidate_row), len(bundle.schema.tasks)), users=users, user_length_B=lengths,
         user_dense_BF=torch.zeros(1, 0), request_time_B=torch.tensor([time]),
         request_row_B=torch.zeros(1, dtype=torch.int64), instances=instances)

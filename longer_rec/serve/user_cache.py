@@ -58,7 +58,7 @@ class UserCache:
     """
 
     def __init__(self, limit_bytes: int, ttl_s: float, tenant_bytes: int | None = None,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 clock: Callable[[], float] = time.monotonic, collects_evicted: bool = False) -> None:
         self.limit_bytes, self.ttl_s, self.tenant_bytes = limit_bytes, ttl_s, tenant_bytes or limit_bytes
         self.num_bytes = 0
         self.counts = CacheCounts()
@@ -67,6 +67,7 @@ class UserCache:
         self._entries: OrderedDict[CacheKey, CachedState] = OrderedDict()
         self._keys_of: dict[tuple[str, str], set[CacheKey]] = {}
         self._doomed: list[CachedState] = []
+        self._collects_evicted, self._evicted = collects_evicted, list[CachedState]()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -93,7 +94,7 @@ class UserCache:
             old = self._entries.get(entry.key)
             if old is not None:
                 self._remove(old)
-            entry.expires = self._clock() + self.ttl_s
+            entry.expires = entry.expires or self._clock() + self.ttl_s
             if not self._make_room(entry):
                 self.counts.refused += 1
                 return False
@@ -102,6 +103,12 @@ class UserCache:
             self._keys_of.setdefault((entry.key.tenant, entry.key.user), set()).add(entry.key)
             self._account(entry, entry.num_bytes)
             return True
+
+    def take_evicted(self) -> list[CachedState]:
+        """What was evicted since the last call, for a second tier, with ``collects_evicted``."""
+        with self._lock:
+            evicted, self._evicted = self._evicted, []
+            return evicted
 
     def release(self, entry: CachedState) -> None:
         """The caller has done with ``entry``."""
@@ -117,6 +124,7 @@ class UserCache:
             keys = list(self._keys_of.get((tenant, user), ()))
             for key in keys:
                 self._remove(self._entries[key])
+            self._evicted = [entry for entry in self._evicted if (entry.key.tenant, entry.key.user) != (tenant, user)]
             return len(keys)
 
     def _make_room(self, entry: CachedState) -> bool:
@@ -138,6 +146,8 @@ class UserCache:
             return False
         self.counts.evicted += 1
         self._remove(victim)
+        if self._collects_evicted:
+            self._evicted.append(victim)
         return True
 
     def _remove(self, entry: CachedState) -> None:

@@ -5,11 +5,11 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from longer_rec.data.batches import make_batch
 from longer_rec.data.history import Dataset
 from longer_rec.job import Job
-from longer_rec.model.flops import flop_counter
 from longer_rec.ranker import Ranker
 from longer_rec.train.run import unsaved_run
 
@@ -57,7 +57,7 @@ def count_flops(ranker: Ranker, dataset: Dataset, max_events: int, device: torch
     for row in rows:
         batch = make_batch(dataset, [row], max_events=max_events).to(device)
         lookup = ranker.lookup(batch)
-        with flop_counter() as counter:
+        with FlopCounterMode(display=False) as counter:
             state = ranker.tower.encode(ranker.user_side(batch, lookup))
             user += (of_user := counter.get_total_flops())
             ranker.tower.score(state, ranker.candidate_side(batch, lookup))

@@ -1,18 +1,18 @@
 """Grouped attention and the own-token merge against their explicit twins, forward and gradients, in fp64."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from longer_rec.errors import ConfigError
-from longer_rec.model import attention_plan
-from longer_rec.model.attention import attend, attend_all, join
+from longer_rec.model import attention_plan, own_attention
+from longer_rec.model.attention import attend, join
 from longer_rec.model.attention_flex import plan_ranges
 from longer_rec.model.attention_plan import plan_attention
-from longer_rec.model.own_attention import OwnMask, merge_own, own_mask
+from longer_rec.model.own_attention import OwnMask, attend_and_merge, merge_own, own_mask
 from tests.reference.attention import attend_ref, merge_own_ref
 from tests.reference.longer import sees
 
@@ -106,27 +106,6 @@ def test_queries_without_keys_give_zero_and_minus_infinity() -> None:
     assert torch.isfinite(log_sum[2]).all()
 
 
-@pytest.mark.parametrize("which", [range(7), [4], [3], [5]], ids=["many", "one", "no keys", "neither"])
-def test_without_gradients_attention_to_all_keys_is_the_same(which: Sequence[int]) -> None:
-    keys, queries = (torch.tensor(lengths)[list(which)] for lengths in FULL)
-    torch.manual_seed(0)
-    inputs = [torch.randn(int(length.sum()), 3, 4) for length in (queries, keys, keys)]
-    with torch.no_grad():
-        fast = attend_all(*inputs, queries, keys)
-    slow = attend_all(*inputs, queries, keys)
-    for left, right, wanted in zip(fast, slow, attend_ref(*inputs, queries, keys, False, None, None), strict=True):
-        assert left.shape == wanted.shape
-        torch.testing.assert_close(left, wanted, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(right, wanted, rtol=1e-5, atol=1e-6)
-
-
-def test_a_batch_without_requests_has_no_attention() -> None:
-    empty, none = torch.zeros(0, 2, 4), torch.zeros(0, dtype=torch.int64)
-    with torch.no_grad():
-        output, log_sum = attend_all(empty, empty, empty, none, none)
-    assert (output.shape, log_sum.shape) == ((0, 2, 4), (0, 2))
-
-
 def test_nothing_to_attend_at_all() -> None:
     plan = plan_attention(torch.tensor([0, 0]), torch.tensor([0, 3]), 2, causal=False)
     empty, keys = torch.randn(0, 2, 4, requires_grad=True), torch.randn(3, 2, 4, requires_grad=True)
@@ -160,6 +139,25 @@ def test_own_tokens_equal_reference(mask: OwnMask, unseen_history: bool) -> None
            for rows in (num_queries, num_keys, num_keys)]
     _agree(lambda *inputs: (merge_own(*inputs, mask),), lambda *inputs: (merge_own_ref(*inputs, mask),), shared,
            log_sum, *qkv)
+
+
+@pytest.mark.parametrize("mask", [own_mask(1), own_mask(2), own_mask(2, 3), own_mask(1, 2, True)],
+                         ids=lambda mask: str(mask.seen))
+@pytest.mark.parametrize(("num_candidates", "num_keys"), [(5, 7), (1, 1), (4, 0), (0, 3)])
+@pytest.mark.parametrize("scores", [1, 1 << 20], ids=["candidate by candidate", "at once"])
+def test_one_softmax_over_keys_and_own_tokens_equals_reference(monkeypatch: pytest.MonkeyPatch, mask: OwnMask,
+                                                               num_candidates: int, num_keys: int, scores: int) -> None:
+    monkeypatch.setattr(own_attention, "_SCORES", scores)
+    torch.manual_seed(0)
+    H, E, Q, G = 2, 4, len(mask.seen), 1 + mask.seen[-1][-1]
+    query, own_key, own_value = (3 * torch.randn(num_candidates, rows, H, E, dtype=torch.float64) for rows in (Q, G, G))
+    key, value = (torch.randn(num_keys, H, E, dtype=torch.float64) for _ in range(2))
+    given = attend_and_merge(query, key, value, own_key, own_value, mask)
+    rows = query.flatten(0, 1)
+    shared = torch.zeros_like(rows), torch.full(rows.shape[:2], -math.inf, dtype=rows.dtype)
+    if num_keys:
+        shared = attend_ref(rows, key, value, torch.tensor([len(rows)]), torch.tensor([num_keys]), causal=False)
+    torch.testing.assert_close(given, merge_own_ref(*shared, query, own_key, own_value, mask), rtol=1e-12, atol=1e-12)
 
 
 def test_own_masks_are_those_of_the_definition() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longer_rec.model.inputs import CandidateSide, UserSide
-from longer_rec.model.interaction import Interaction, describe
+from longer_rec.model.interaction import NUM_EXTREMES, USER_CENTER, USER_SCALE, Interaction, InteractionConfig
 from longer_rec.model.layers import CausalLayer
 from longer_rec.model.longer import LongerTower
 from longer_rec.model.norms import NormPlace
@@ -213,12 +213,50 @@ def positions_ref(sampling: str, num_merged: int, num_queries: int) -> list[int]
 
 def interaction_ref(module: Interaction, user: UserSide, candidate: CandidateSide) -> Tensor:
     raw, totals = statistics_ref(module, user, candidate)
-    hidden = describe(module.config, raw, totals).to(module.dtype)
+    hidden = describe_ref(module.config, raw, totals).to(module.dtype)
     hidden = torch.cat([hidden, *(candidate.embedding[name] for name in module.config.context),
                         candidate.dense_CF.to(module.dtype)], dim=1)
     for linear in module.linears:
         hidden = torch.nn.functional.silu(linear(hidden))
     return hidden
+
+
+def describe_ref(config: InteractionConfig, raw: Tensor, user_CF: Tensor) -> Tensor:
+    """Twin of ``describe``, statistic by statistic."""
+    newest_age, oldest_age, newest_basket, oldest_basket, position, baskets = raw[..., :NUM_EXTREMES].unbind(-1)
+    num_counts = len(config.decays) + len(config.windows)
+    counts = raw[..., NUM_EXTREMES:NUM_EXTREMES + num_counts]
+    basket_counts = raw[..., NUM_EXTREMES + num_counts:]
+    events, all_baskets = user_CF[:, 0], user_CF[:, 1]
+    matched = (baskets > 0).to(raw.dtype)
+    repeated = (baskets > 1).to(raw.dtype)
+    gaps = (baskets - 1).clamp(min=1)
+    period = newest_age / ((oldest_age - newest_age) / gaps).clamp(min=0.02) * repeated
+    basket_period = (newest_basket + 1) / ((oldest_basket - newest_basket) / gaps).clamp(min=0.5) * repeated
+    regularity = baskets / (oldest_basket + 1) * matched
+    share = counts[..., -1] / (events + 5)
+    basket_share = baskets / (all_baskets + 1)
+    columns = [
+        matched,
+        ((newest_age.log1p() * matched + 4 * (1 - matched)) - 2) / 1.5,
+        (oldest_age.log1p() - 2) / 1.5,
+        ((newest_basket.log1p() * matched + 5.7 * (1 - matched)) - 3) / 2,
+        ((position.log1p() * matched + 7.6 * (1 - matched)) - 4) / 2.5,
+        baskets.log1p() - 0.7,
+        period.log1p().clamp(max=4) - 0.5,
+        basket_period.log1p().clamp(max=4) - 0.5,
+        repeated,
+        regularity * 2,
+        ((regularity + 0.01).log() + 3) / 1.5,
+        ((share + 1e-3).log() + 5) / 1.5,
+        ((basket_share + 1e-2).log() + 3.5) / 1.2,
+        basket_share * 3,
+    ]
+    described = torch.cat([torch.stack(columns, dim=-1), ((4 * counts).log1p() - 1.5) / 1.5,
+                           ((4 * basket_counts).log1p() - 1.5) / 1.5], dim=-1)
+    centre, scale = (torch.tensor(values, dtype=raw.dtype) for values in (USER_CENTER, USER_SCALE))
+    totals = (user_CF.log1p() - centre) / scale
+    return torch.cat([described.transpose(0, 1).flatten(1), totals], dim=1)
 
 
 def statistics_ref(module: Interaction, user: UserSide, candidate: CandidateSide) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,11 @@ from longer_rec.data.batches import make_batch
 from longer_rec.data.history import Dataset
 from longer_rec.data.raw import raw_request
 from longer_rec.errors import DeadlinePassed, Overloaded, ServeError
+from longer_rec.model.state import LayerCache, UserState, state_bytes
 from longer_rec.serve.engine import Answer, Engine, EngineConfig
 from longer_rec.serve.histories import Histories
 from longer_rec.serve.request import EncodedRequest, Limits, encode_score
+from longer_rec.serve.rounding import restore_layers, round_layers
 from tests.reference.bundles import MAX_EVENTS, random_bundle, shop_dataset, write_random_bundle
 
 TIME = 2000
@@ -195,8 +197,9 @@ def test_a_new_bundle_means_a_new_cache_and_old_requests_keep_theirs(engine: Eng
     assert np.abs(answer.logit_CY - full(new, body())).max() <= 1e-5
 
 
-def test_bf16_states_stay_within_their_bound(bundle: Bundle) -> None:
-    engine = Engine(bundle, EngineConfig(cache_dtype="bfloat16"))
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_rounded_states_stay_within_their_bound(bundle: Bundle, dtype: str) -> None:
+    engine = Engine(bundle, EngineConfig(cache_dtype=dtype))
     small = ask(engine, body())
     assert np.array_equal(small.logit_CY, ask(engine, body()).logit_CY), "a miss is answered from what is kept"
     assert 0 < np.abs(small.logit_CY - full(bundle, body())).max() <= 2e-2
@@ -205,6 +208,47 @@ def test_bf16_states_stay_within_their_bound(bundle: Bundle) -> None:
     assert engine.served.cache.num_bytes < exact.served.cache.num_bytes
     engine.close()
     exact.close()
+
+
+def test_int8_keys_and_values_are_half_a_step_off_at_most() -> None:
+    rows = (torch.randn(3, 7, 8) * torch.tensor([1e-3, 1.0, 50.0]).view(3, 1, 1)).transpose(0, 1)
+    rows[0] = 0.0
+    state = UserState(torch.randn(1, 3), (LayerCache(rows, -rows, torch.tensor([7])),))
+    kept = round_layers(state, "int8")
+    assert state_bytes(kept) == 2 * 7 * 3 * (8 + 4) + 8 + 3 * 4, "a byte a value, and four a row and head"
+    back = restore_layers(kept)
+    for one, other in zip((back.layers[0].key_SHE, back.layers[0].value_SHE), (rows, -rows), strict=True):
+        assert (one.stride(), one.dtype) == (other.stride(), torch.float32)
+        assert ((one - other).abs() <= other.abs().amax(-1, keepdim=True) / 127 * 0.5001).all()
+    assert torch.equal(back.head_BF, state.head_BF)
+
+
+def test_evicted_states_come_back_from_files_and_answer_alike(bundle: Bundle, dataset: Dataset, tmp_path: Path) -> None:
+    engine = Engine(bundle, EngineConfig(cache_bytes=6000, state_dir=tmp_path / "states"))
+    first = [ask(engine, body(user)) for user in range(8)]
+    assert engine.files is not None
+    end = time.monotonic() + 10
+    while len(engine.served.cache) + len(engine.files) < 8:  # files are written after the answer
+        assert time.monotonic() < end
+    assert 1 <= len(engine.served.cache) <= 4
+    for user, fresh in enumerate(first):
+        again = ask(engine, body(user))
+        assert (fresh.source, again.source) == ("prefill", "restored")
+        assert np.array_equal(again.logit_CY, fresh.logit_CY)
+    assert ask(engine, body(7)).source == "hit"
+    later = ask(engine, body(0, when=TIME + 10**6))
+    assert later.source == "prefill", "its ages have other buckets"
+    assert np.abs(later.logit_CY - full(bundle, body(0, when=TIME + 10**6))).max() <= 1e-5
+    assert engine.drop_user("", body(1)["user"]) == 1
+    assert ask(engine, body(1)).source == "prefill"
+    for path in (tmp_path / "states").iterdir():
+        path.write_bytes(b"damaged")
+    assert ask(engine, body(2)).source == "prefill"
+    engine.swap(load_bundle(write_random_bundle(dataset, tmp_path / "new", seed=1)))
+    assert ask(engine, body(3)).source == "prefill"
+    assert len(engine.files) > 0
+    engine.close()
+    assert list((tmp_path / "states").iterdir()) == []
 
 
 def test_within_a_time_quantum_requests_hit(engine: Engine) -> None:

@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from longer_rec.config import Config, build_config
+from longer_rec.model.linear import lay_out_for_inference
 from longer_rec.model.longer import LongerTower
-from longer_rec.model.state import join_states, map_state, split_state, state_bytes
+from longer_rec.model.state import join_states, split_state, state_bytes, tensors_of
 from longer_rec.model.tower import AnyTower, AnyTowerConfig, build_tower
 from tests.reference.towers import DAY_S, WIDTHS, make_candidates, make_user, randomise
 
 HISTORIES, CANDIDATES = [0, 1, 7, 8, 15, 3], [2, 1, 9, 0, 7, 1]
 LONGER = {"kind": "longer", "width": 8, "num_queries": 3, "merge_size": 2, "num_cls_tokens": 1, "interaction": {}}
 TOWERS = {"longer": LONGER, "uniform": {**LONGER, "sampling": "uniform"}, "count": {"kind": "count"},
+          "hybrid": {**LONGER, "norm": "hybrid"}, "two tokens": {**LONGER, "interaction": {"placement": "token"}},
           "phd": {**LONGER, "phd": {"copies": 2}},
           "phd window": {**LONGER, "phd": {"copies": 2, "window": 2, "chunk": 2}},
           **{kind: {"kind": kind} for kind in
@@ -50,13 +52,26 @@ def test_split_and_joined_states_are_bitwise_those_encoded_together(name: str) -
     torch.testing.assert_close(tower.score(backwards, every), tower.score(whole, every).flip(0), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["longer", "uniform", "phd", "phd window", "hybrid", "two tokens"])
+@torch.no_grad()
+def test_weights_laid_out_for_inference_give_the_same_and_in_bf16_nearly_so(name: str) -> None:
+    user, candidates = make_user(HISTORIES, dtype=torch.float32), make_candidates(CANDIDATES, dtype=torch.float32)
+    tower = build(name)
+    as_trained = tower.score(tower.encode(user), candidates)
+    lay_out_for_inference(tower)
+    torch.testing.assert_close(tower.score(tower.encode(user), candidates), as_trained, rtol=0, atol=1e-5)
+    lay_out_for_inference(tower, torch.bfloat16)
+    state = tower.encode(user)
+    assert {tensor.dtype for tensor in tensors_of(state)} == {torch.float32, torch.int64}
+    difference = (tower.score(state, candidates) - as_trained).abs().max()
+    assert 0 < difference < 3 * 2 ** -8 * as_trained.abs().max(), "three roundings of the logit itself to bf16"
+
+
 @torch.no_grad()
 def test_a_part_owns_its_memory_and_counts_it_exactly() -> None:
     parts = split_state(build("longer").encode(make_user(HISTORIES, dtype=torch.float32)))
     for part in parts:
-        sizes: list[int] = []
-        map_state(part, lambda tensor, sizes=sizes: sizes.append(tensor.nbytes))
-        assert state_bytes(part) == sum(sizes)
+        assert state_bytes(part) == sum(tensor.nbytes for tensor in tensors_of(part))
 
 
 @torch.no_grad()

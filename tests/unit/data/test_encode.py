@@ -36,6 +36,16 @@ def test_known_values_have_rows_and_unseen_or_null_ones_row_0() -> None:
     assert encode_values(build_vocabulary(pl.Series([], dtype=pl.Int64)), [4], "item").tolist() == [0]
 
 
+@pytest.mark.parametrize("step", [1, 4, 10**6, 2**55], ids=["table", "sparse table", "search", "search of far ones"])
+def test_integers_close_together_or_not_have_the_same_rows(step: int) -> None:
+    known = np.sort(np.random.default_rng(0).choice(100, 50, replace=False)) * step - 2**62
+    vocabulary = build_vocabulary(pl.Series(known))
+    assert (vocabulary.row_of is None) == (step > 4)
+    asked = np.concatenate([known[::-1], known + 1, [-(2**63), 2**63 - 1, 0, known[0] - 1, known[-1] + 1]])
+    row = {value: place + 1 for place, value in enumerate(known.tolist())}
+    assert encode_values(vocabulary, asked.tolist(), "x").tolist() == [row.get(value, 0) for value in asked.tolist()]
+
+
 @pytest.mark.parametrize(("encoder", "values"), [
     (WORDS, [3]), (NUMBERS, ["10"]), (NUMBERS, [10.0]), (NUMBERS, [float("nan")]), (NUMBERS, [10, "10"]),
     (NUMBERS, [2**64]), (NUMBERS, [2**63]), (NUMBERS, [[10]]), (NUMBERS, [b"10"]), (Hashed(5), [1.5]),
