@@ -108,24 +108,31 @@ def batching(rank: int, size: int, data: Path) -> list[str]:
 
 
 def bare_tables(trainer: Trainer, batch: RequestBatch, raw: bool) -> Call:
-    """Forward and fused update of FBGEMM's own module, one for each width, on every id or on the distinct ones."""
+    """Forward and fused update of FBGEMM's own modules, one for each width and one that pools, on every id or, of the
+    tables read row by row, the distinct ones."""
     schema, width = trainer.dataset.schema, widths(trainer.dataset.schema, trainer.job.sparse)
-    groups: dict[int, list[str]] = {}
+    groups: dict[tuple[int, PoolingMode], dict[str, list[torch.Tensor]]] = {}
     for table, keys in schema.row_keys.items():
-        groups.setdefault(width[keys[0]], []).append(table)
+        groups.setdefault((width[keys[0]], PoolingMode.NONE), {})[table] = (
+            [batch.ids(key) for key in keys] if raw else [batch.distinct[table]])
+    for table, keys in schema.pooled_keys.items():
+        groups.setdefault((width[keys[0]], PoolingMode.SUM), {})[table] = [batch.ids(key) for key in keys]
     calls = []
-    for dim, tables in groups.items():
+    for (dim, pooling), tables in groups.items():
         module = SplitTableBatchedEmbeddingBagsCodegen(
             [(schema.num_rows[table], dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for table in tables],
-            optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=0.01, pooling_mode=PoolingMode.NONE)
-        ids = [torch.cat([batch.ids(key) for key in schema.row_keys[table]]) if raw else batch.distinct[table]
-               for table in tables]
-        offsets = torch.tensor([0, *np.cumsum([each.numel() for each in ids])])
-        gradient = torch.randn(int(offsets[-1]), dim)
-        calls.append((module, torch.cat(ids), offsets, gradient))
+            optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=0.01, pooling_mode=pooling)
+        ids = [torch.cat(each) for each in tables.values()]
+        lengths = [each.numel() for each in ids]
+        if pooling == PoolingMode.SUM:
+            lengths = [length for keys in schema.pooled_keys.values() for key in keys
+                       for length in batch.user_length_B[key.partition(".")[2]].tolist()]
+        offsets = torch.tensor([0, *np.cumsum(lengths)])
+        calls.append((module, torch.cat(ids), offsets))
+    gradients = [torch.randn_like(module(ids, offsets)) for module, ids, offsets in calls]
 
     def run() -> None:
-        for module, ids, offsets, gradient in calls:
+        for (module, ids, offsets), gradient in zip(calls, gradients, strict=True):
             module(ids, offsets).backward(gradient)
 
     return run
@@ -155,7 +162,8 @@ def lookup(rank: int, size: int, data: Path) -> list[str]:
         batch = trainer.loader(1).make_step(0)[0]
         found = interleave({"ours": table_call(trainer, batch), "bare": bare_tables(trainer, batch, raw=True),
                             "bare, distinct ids": bare_tables(trainer, batch, raw=False)}, 25)
-        num_ids, num_distinct = (sum(map(len, ids.values())) for ids in (batch.place, batch.distinct))
+        num_pooled = sum(batch.ids(key).numel() for keys in trainer.dataset.schema.pooled_keys.values() for key in keys)
+        num_ids, num_distinct = (num_pooled + sum(map(len, ids.values())) for ids in (batch.place, batch.distinct))
         times = ", ".join(f"{name} {1e3 * statistics.median(each):.2f} ms" for name, each in found.items())
         lines.append("| lookup + fused update over a bare table-batched embedding on the same "
                      f"{num_ids:,} ids ({config}) | <= 1.2 | {median_ratio(found['ours'], found['bare']):.2f} | "
