@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torchrec import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedJaggedTensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import Awaitable, ShardedModule
 
 from longer_rec.batch import RequestBatch, deduplicate
@@ -26,41 +27,48 @@ class Travelling:
     """Ids of one collection on their way to the ranks that hold the rows; every method is a collective call."""
 
     def __init__(self, collection: nn.Module, ids: KeyedJaggedTensor) -> None:
-        self._collection, self._ids = collection, ids
-        self._stays = _is_whole(collection)
-        if isinstance(collection, ShardedModule) and not self._stays:
-            self._context = collection.create_context()
-            self._sizes = collection.input_dist(self._context, ids)
+        self._collection: Any = collection
+        self._ids = ids
+        self._whole = _whole(collection)
+        self._travels = isinstance(collection, ShardedModule) and self._whole is None
+        if self._travels:
+            self._context = self._collection.create_context()
+            self._sizes = self._collection.input_dist(self._context, ids)
 
     def post(self) -> None:
         """All ranks know how many ids they get: send them."""
-        if isinstance(self._collection, ShardedModule) and not self._stays:
+        if self._travels:
             self._sent = _wait(self._sizes)
 
     def rows(self) -> Any:
         """Read the rows, and start them on their way back."""
-        if self._stays:
-            return _read(cast(ShardedEmbeddingCollection, self._collection), self._ids)
-        if isinstance(self._collection, ShardedModule):
+        if self._travels:
             return self._collection.compute_and_output_dist(self._context, _wait(self._sent))
+        if self._whole is not None:
+            return _read(self._collection, self._whole, self._ids)
         return self._collection(self._ids)
 
 
-def _is_whole(collection: nn.Module) -> bool:
-    """Whether a sharded collection has all its tables whole on one rank, which asks nobody else."""
-    return (isinstance(collection, ShardedEmbeddingCollection) and dist.get_world_size() == 1
-            and list(collection._sharding_type_to_sharding) == ["table_wise"])
+def _whole(collection: nn.Module) -> Any:
+    """TorchRec's sharding of a collection whose tables the only rank holds whole, else None."""
+    shardings: dict[str, Any] = {}
+    if isinstance(collection, ShardedEmbeddingCollection):
+        shardings = collection._sharding_type_to_sharding
+    elif isinstance(collection, ShardedEmbeddingBagCollection):
+        shardings = dict(zip(collection._sharding_types, collection._embedding_shardings, strict=True))
+    return shardings["table_wise"] if [*shardings] == ["table_wise"] and dist.get_world_size() == 1 else None
 
 
-def _read(collection: ShardedEmbeddingCollection, ids: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+def _read(collection: Any, sharding: Any, ids: KeyedJaggedTensor) -> dict[str, Any]:
     """What TorchRec gives for a whole collection, from the same kernel: its way from a rank to itself, where nothing is
-    sent, takes a seventh of lookup and update (configs/first.yaml, Intel Xeon, December 2026)."""
-    (sharding,), (lookup,) = collection._sharding_type_to_sharding.values(), collection._lookups
-    order, keys = sharding.feature_names(), ids.keys()
-    if order != keys:
-        ids = ids.permute([keys.index(key) for key in order])
-    row_VE = lookup(ids).view(-1, sharding.embedding_dims()[0])
-    parts = row_VE.split(ids.length_per_key())
+    sent, takes a fifth of lookup and update (configs/first.yaml, one core of an Intel Xeon, December 2026)."""
+    (lookup,), order, dims = collection._lookups, sharding.feature_names(), sharding.embedding_dims()
+    if order != ids.keys():
+        ids = ids.permute([ids.keys().index(key) for key in order])
+    found = lookup(ids)
+    if isinstance(collection, ShardedEmbeddingBagCollection):
+        return dict(zip(order, found.split(dims, dim=1), strict=True))
+    parts = found.view(-1, dims[0]).split(ids.length_per_key())
     return {key: JaggedTensor(part, lengths=ids.lengths()) for key, part in zip(order, parts, strict=True)}
 
 
