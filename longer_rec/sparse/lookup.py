@@ -26,14 +26,13 @@ Pooling = Literal["sum", "mean"]
 class Travelling:
     """Ids of one collection on their way to the ranks that hold the rows; every method is a collective call."""
 
-    def __init__(self, collection: nn.Module, ids: KeyedJaggedTensor) -> None:
-        self._collection: Any = collection
-        self._ids = ids
+    def __init__(self, collection: Any, ids: KeyedJaggedTensor) -> None:
+        self._collection, self._ids = collection, ids
         self._whole = _whole(collection)
         self._travels = isinstance(collection, ShardedModule) and self._whole is None
         if self._travels:
-            self._context = self._collection.create_context()
-            self._sizes = self._collection.input_dist(self._context, ids)
+            self._context = collection.create_context()
+            self._sizes = collection.input_dist(self._context, ids)
 
     def post(self) -> None:
         """All ranks know how many ids they get: send them."""
