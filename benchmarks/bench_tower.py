@@ -1,9 +1,9 @@
 """What a training step of the tower costs, side by side: encoders, length, precision, padding, and its own matmuls.
 
-    longer-rec prepare completejourney --out data/completejourney
-    OMP_NUM_THREADS=1 python -m benchmarks.bench_tower data/completejourney
+    longer-rec prepare completejourney --out data/completejourney    # likewise movielens, synthetic
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_tower data
 
-One thread, random embeddings, real lengths where a data set is named. Alternatives take turns within a round, each
+One thread, random embeddings, real lengths where a configuration is named. Alternatives take turns within a round, each
 after a step that is not timed and brings its memory back, and figures are medians over rounds. Prints the tables of
 ``benchmarks/results/tower.md``.
 """
@@ -13,6 +13,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from longer_rec.config import load_config
 from longer_rec.data.history import open_dataset
 from longer_rec.data.loader import TrainLoader
-from longer_rec.job import Job
+from longer_rec.job import Job, input_widths
 from longer_rec.model.baselines.hstu import HstuConfig
 from longer_rec.model.baselines.transformer import TransformerConfig
 from longer_rec.model.flops import tower_flops
@@ -41,33 +42,52 @@ WIDTHS = InputWidths(item={"item": 32, "category": 8, "brand": 8}, event={"quant
                      num_item_dense=3)
 # L = 2000, d = 32, K = 8, InnerTrans, k = 100: the paper's, 256 wide after the merge.
 PAPER = TowerConfig(width=32, merge_size=8, inner_trans=InnerTransConfig(), num_queries=100)
-_CONFIGS = ("first", "completejourney")
+_CONFIGS = ("first", "completejourney", "movielens", "synthetic_debug")
 _LENGTHS = (1024, 2048, 4096, 8192)
 _WARM = 16
 Batch = tuple[UserSide, CandidateSide]
-Shapes = dict[str, tuple[TowerConfig, int, list[Batch]]]  # a tower, its L, batches
+
+@dataclass(frozen=True)
+class Shape:
+    """A tower and what it is given; L is ``max_events``."""
+
+    config: TowerConfig
+    max_events: int
+    batches: list[Batch]
+    widths: InputWidths = WIDTHS
+
+    def build(self) -> AnyTower:
+        return build_tower(self.config, self.widths, 1, self.max_events)
 
 
-def make_batch(history: Sequence[int], candidates: Sequence[int], seed: int = 0) -> Batch:
+Shapes = dict[str, Shape]
+
+
+def make_batch(history: Sequence[int], candidates: Sequence[int], seed: int = 0, widths: InputWidths = WIDTHS) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     B, T, C = len(history), sum(history), sum(candidates)
 
-    def embed(widths: Mapping[str, int], rows: int) -> dict[str, Tensor]:
-        return {name: torch.randn(rows, width, generator=generator).requires_grad_() for name, width in widths.items()}
+    def embed(width: Mapping[str, int], rows: int) -> dict[str, Tensor]:
+        return {name: torch.randn(rows, each, generator=generator).requires_grad_() for name, each in width.items()}
 
     def ids(names: Sequence[str], rows: int) -> dict[str, Tensor]:
         return {name: torch.randint(0, 500, (rows,), generator=generator) for name in names}
 
     ages = [torch.randint(1, 10**7, (length,), generator=generator).sort(descending=True).values for length in history]
-    return (UserSide(embed(WIDTHS.item | WIDTHS.event, T), ids([*WIDTHS.item, *WIDTHS.event], T), torch.cat(ages),
-                     torch.tensor(history), embed(WIDTHS.user, B), torch.randn(B, WIDTHS.num_dense)),
-            CandidateSide(embed(WIDTHS.item, C), ids([*WIDTHS.item], C), torch.randn(C, WIDTHS.num_item_dense),
+    event = {**widths.item, **widths.event}
+    return (UserSide(embed(event, T), ids([*event], T), torch.cat(ages), torch.tensor(history), embed(widths.user, B),
+                     torch.randn(B, widths.num_dense)),
+            CandidateSide(embed(widths.item, C), ids([*widths.item], C), torch.randn(C, widths.num_item_dense),
                           torch.tensor(candidates)))
+
+
+def logits(tower: AnyTower, batch: Batch) -> Tensor:
+    return tower.score(tower.encode(batch[0]), batch[1])
 
 
 def train_step(tower: AnyTower, batch: Batch, bf16: bool = False) -> None:
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        logit_CY = tower.score(tower.encode(batch[0]), batch[1])
+        logit_CY = logits(tower, batch)
     logit_CY.float().square().mean().backward()
 
 
@@ -99,21 +119,32 @@ def encoders(rounds: int, length: int = 2048, requests: int = 4, candidates: int
         "Transformer, this package's": TransformerConfig(width=128, **heads),
         "HSTU": HstuConfig(width=128, **heads)}
     batch = make_batch([length] * requests, [candidates] * requests)
-    towers = {name: build_tower(config, WIDTHS, 1, length) for name, config in configs.items()}
-    steps: dict[str, Callable[[int], None]] = {
-        name: partial(_step, tower, batch) for name, tower in towers.items()}
+    forwards: dict[str, Callable[[], Tensor]] = {
+        name: partial(logits, build_tower(config, WIDTHS, 1, length), batch) for name, config in configs.items()}
     layer = nn.TransformerEncoderLayer(128, 4, 512, 0.0, F.silu, batch_first=True, norm_first=True)
     plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     token_BLX = torch.randn(requests, length, 128, requires_grad=True)
     mask = nn.Transformer.generate_square_subsequent_mask(length)
-    steps["Transformer, torch.nn's, its layers alone"] = lambda _: plain(
-        token_BLX, mask, is_causal=True).square().mean().backward()
-    times = interleaved_ms(steps, rounds)
-    first = times["LONGER, K = 4, k = 100"]
+    forwards["Transformer, torch.nn's, its layers alone"] = lambda: plain(token_BLX, mask, is_causal=True)
+    times = interleaved_ms({name: partial(_learn, forward) for name, forward in forwards.items()}, rounds)
+    gflop = {name: 3e-9 * _forward_flops(forward) for name, forward in forwards.items()}
+    first = "LONGER, K = 4, k = 100"
     print(f"\n## Encoders of width 128, two layers, L = {length}, {requests} requests, {candidates} candidates each\n")
-    print("| encoder | ms | times LONGER |\n|---|---|---|")
+    print("| encoder | ms | times LONGER | GFLOP | times LONGER | GFLOP/s |\n|---|---|---|---|---|---|")
     for name, ms in times.items():
-        print(f"| {name} | {ms:.0f} | {ms / first:.1f} |")
+        print(f"| {name} | {ms:.0f} | {ms / times[first]:.1f} | {gflop[name]:.2f} | {gflop[name] / gflop[first]:.1f} | "
+              f"{1e3 * gflop[name] / ms:.0f} |")
+
+
+def _learn(forward: Callable[[], Tensor], _: int) -> None:
+    forward().square().mean().backward()
+
+
+def _forward_flops(forward: Callable[[], Tensor]) -> int:
+    """Of the matmuls that run: attention under a causal mask counts whole."""
+    with torch.no_grad(), flop_counter() as counter:
+        forward()
+    return counter.get_total_flops()
 
 
 def peak_mb(length: int) -> float:
@@ -183,8 +214,8 @@ class _Matmuls(TorchDispatchMode):
 def roofline(rounds: int, shapes: Shapes) -> None:
     print("\n## A step beside its own matmuls, back to back\n")
     print("| shape | precision | step ms | its matmuls ms | share |\n|---|---|---|---|---|")
-    for name, (config, L, (batch, *_)) in shapes.items():
-        tower = build_tower(config, WIDTHS, 1, L)
+    for name, shape in shapes.items():
+        tower, batch = shape.build(), shape.batches[0]
         for bf16 in (False, True):
             with _Matmuls() as matmuls:
                 train_step(tower, batch, bf16)
@@ -198,8 +229,8 @@ def precision(rounds: int, shapes: Shapes) -> None:
     """On batches that were not seen before, whose shapes are new."""
     print("\n## bf16 against fp32, new lengths in every step\n")
     print("| shape | fp32 ms | bf16 ms | times as fast |\n|---|---|---|---|")
-    for name, (config, L, batches) in shapes.items():
-        tower = build_tower(config, WIDTHS, 1, L)
+    for name, shape in shapes.items():
+        tower, batches = shape.build(), shape.batches
         for batch in batches[:_WARM]:  # most kernels of the grid are compiled in the first steps of a run
             train_step(tower, batch, bf16=True)
         times = interleaved_ms({kind: partial(_step_of, tower, batches[_WARM:], kind == "bf16")
@@ -211,10 +242,11 @@ def padding(shapes: Shapes) -> None:
     """Useful over executed FLOPs of the forward pass, counted."""
     print("\n## Useful share of the executed FLOPs\n")
     print("| shape | fp32 | bf16, rows rounded up |\n|---|---|---|")
-    for name, (config, L, batches) in shapes.items():
-        tower, useful, executed = build_tower(config, WIDTHS, 1, L), 0, [0, 0]
-        for user, candidates in batches[:12]:
-            useful += tower_flops(config, WIDTHS, 1, user.length_B.tolist(), candidates.length_B.tolist()).total
+    for name, shape in shapes.items():
+        tower, useful, executed = shape.build(), 0, [0, 0]
+        for user, candidates in shape.batches[:12]:
+            useful += tower_flops(shape.config, shape.widths, 1, user.length_B.tolist(),
+                                  candidates.length_B.tolist()).total
             for bf16 in (False, True):
                 with (torch.no_grad(), FlopCounterMode(display=False) as counter,
                       torch.autocast("cpu", torch.bfloat16, enabled=bf16)):
@@ -223,18 +255,22 @@ def padding(shapes: Shapes) -> None:
         print(f"| {name} | {useful / executed[0]:.3f} | {useful / executed[1]:.3f} |")
 
 
-def real_batches(job: Job, count: int) -> list[Batch]:
-    """Random embeddings on the lengths of training batches."""
-    dataset = open_dataset(job.data.dir, verify=False)
+def shape_of(name: str, data: Path, count: int) -> Shape:
+    """A shipped configuration: random embeddings on the lengths of its training batches."""
+    job = load_config(Job, Path(f"configs/{name}.yaml"))
+    dataset = open_dataset(data / job.data.dir.name, verify=False)
+    widths = input_widths(dataset.schema, job)
     loader = TrainLoader(dataset, job.data, seed=0, num_workers=1, workers=range(1), start_step=0, num_steps=1)
     steps = (loader.make_step(step)[0] for step in range(count))
-    return [make_batch(batch.history_length_B.tolist(), batch.num_candidates_B.tolist(), seed)
-            for seed, batch in enumerate(steps)]
+    assert isinstance(job.model, TowerConfig)
+    return Shape(job.model, job.data.max_events, [
+        make_batch(batch.history_length_B.tolist(), batch.num_candidates_B.tolist(), seed, widths)
+        for seed, batch in enumerate(steps)], widths)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="completejourney, prepared")
+    parser.add_argument("data", type=Path, help="folder of the prepared data sets")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", nargs="*", default=["encoders", "lengths", "roofline", "precision", "padding"])
     args = parser.parse_args()
@@ -244,15 +280,11 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     jagged = [make_batch(torch.randint(700, 2001, (8,), generator=generator).tolist(), [16] * 8, seed)
               for seed in range(2 * args.rounds + _WARM)]
-    jagged_shapes: Shapes = {"the paper's, 8 requests": (PAPER, 2000, jagged)}
-    fixed: Shapes = {"the paper's, 8 requests": (PAPER, 2000, [make_batch([2000] * 8, [16] * 8)]),
-                     "K = 4, L = 2048, 8 requests": (TowerConfig(width=32, merge_size=4, num_queries=100), 2048,
-                                                     [make_batch([2048] * 8, [16] * 8)])}
-    for name in _CONFIGS:
-        job = load_config(Job, Path(f"configs/{name}.yaml"), [f"data.dir={args.data}"])
-        assert isinstance(job.model, TowerConfig)
-        shape = job.model, job.data.max_events, real_batches(job, len(jagged))
-        jagged_shapes[f"configs/{name}.yaml"] = fixed[f"configs/{name}.yaml"] = shape
+    shipped = {f"configs/{name}.yaml": shape_of(name, args.data, len(jagged)) for name in _CONFIGS}
+    jagged_shapes: Shapes = {"the paper's, 8 requests": Shape(PAPER, 2000, jagged), **shipped}
+    fixed: Shapes = {"the paper's, 8 requests": Shape(PAPER, 2000, [make_batch([2000] * 8, [16] * 8)]),
+                     "K = 4, L = 2048, 8 requests": Shape(TowerConfig(width=32, merge_size=4, num_queries=100), 2048,
+                                                          [make_batch([2048] * 8, [16] * 8)]), **shipped}
     runs: dict[str, Callable[[], None]] = {
         "encoders": lambda: encoders(min(args.rounds, 3)), "lengths": lambda: lengths(args.rounds),
         "roofline": lambda: roofline(args.rounds, fixed), "precision": lambda: precision(args.rounds, jagged_shapes),

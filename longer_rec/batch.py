@@ -13,11 +13,14 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from longer_rec.errors import DataError
 from longer_rec.schema import Feature, InstanceSchema, Schema
+
+_FOUND = ("distinct", "place", "order", "start")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class RequestBatch:
     Events of a request stand oldest to newest, all strictly before its time. Times are int64 seconds since the
     epoch. ``users`` maps a feature to its ids, packed over requests, and ``user_length_B`` to their number per
     request (1 for a single-valued feature). ``request_row_B`` is the request's row in the index it came from.
-    ``label_CY`` is NaN-free float32 in [0, 1]. ``distinct`` and ``place`` are what ``deduplicate`` found.
+    ``label_CY`` is NaN-free float32 in [0, 1]. ``distinct`` to ``start`` are what ``deduplicate`` found.
 
     ``instances`` are the tokens of each user's N past instances, empty for a model that reads none: "length" (B),
     "time" (N), and "vector" (N x I), "label" (N x Y) and ids of features (N) from a store, or "row" (N), the batch's
@@ -49,6 +52,8 @@ class RequestBatch:
     instances: dict[str, Tensor] = field(default_factory=dict)
     distinct: dict[str, Tensor] = field(default_factory=dict)
     place: dict[str, Tensor] = field(default_factory=dict)
+    order: dict[str, Tensor] = field(default_factory=dict)
+    start: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_requests(self) -> int:
@@ -101,28 +106,37 @@ def concat_batches(batches: Sequence[RequestBatch]) -> RequestBatch:
         return torch.cat(values)
 
     return RequestBatch(**{column.name: join(column.name) for column in fields(RequestBatch)
-                           if column.name not in ("distinct", "place")})
+                           if column.name not in _FOUND})
 
 
 def deduplicate(batch: RequestBatch, schema: Schema) -> RequestBatch:
     """The batch with the ids of each table that it looks up row by row once, ascending, in ``distinct``.
 
-    ``place`` says, by key such as "history.item", where each id of that feature stands among them. A table of few rows
-    is looked up some rows times instead of some events times: on completejourney (L = 1000, 16 requests) 14 times less
-    is looked up, sent between ranks and updated.
+    The ids of a table's features, one feature after the other in the order of ``schema.row_keys``, stand among the
+    distinct ones at ``place``; sorted by ``order``, which leaves equal ids in their order, those of one distinct id
+    begin at its ``start``. A table of few rows is looked up some rows times instead of some events times: on
+    completejourney (L = 1000, 16 requests) 14 times less is looked up, sent between ranks and updated.
     """
-    distinct: dict[str, Tensor] = {}
-    place: dict[str, Tensor] = {}
+    found: dict[str, Any] = {name: {} for name in _FOUND}
     for table, keys in schema.row_keys.items():
-        ids = [batch.ids(key) for key in keys]
-        together = torch.cat(ids)
-        if together.is_cuda:
-            distinct[table], where = torch.unique(together, return_inverse=True)
-        else:  # a quarter of the time of torch's
-            found, inverse = np.unique(together.numpy(), return_inverse=True)
-            distinct[table], where = torch.from_numpy(found), torch.from_numpy(inverse)
-        place.update(zip(keys, where.split([each.numel() for each in ids]), strict=True))
-    return replace(batch, distinct=distinct, place=place)
+        ids = torch.cat([batch.ids(key) for key in keys])
+        for name, values in zip(_FOUND, _group_equal(ids.cpu().numpy()), strict=True):
+            found[name][table] = torch.from_numpy(values).to(ids.device)
+    return replace(batch, **found)
+
+
+def _group_equal(ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
+    """``_FOUND`` of one table's ids, in a third of the time of ``np.unique`` and a stable sort."""
+    values = None
+    if ids.size and ids.max() >> 31:  # open ids fill 63 bits
+        values, ids = np.unique(ids, return_inverse=True)
+    key = np.sort((ids << 32) | np.arange(ids.size))
+    value, order = key >> 32, key & 0xFFFFFFFF
+    is_first = np.ones(ids.size, bool)
+    np.not_equal(value[1:], value[:-1], out=is_first[1:])
+    start, place = np.flatnonzero(is_first), np.empty_like(order)
+    place[order] = np.cumsum(is_first) - 1
+    return value[start] if values is None else values, place, order, start
 
 
 def validate_batch(batch: RequestBatch, schema: Schema) -> None:

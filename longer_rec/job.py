@@ -34,8 +34,8 @@ from longer_rec.sparse.tables import SparseConfig, build_tables, widths
 _FREE_KEYS = frozenset((
     "name", "run_dir", "data.dir", "data.loader_processes", "data.prefetch_batches", "data.timeout_s",
     "sparse.plan", "sparse.kernel", "sparse.placement", "sparse.device_memory", "sparse.cache_policy",
-    "elastic.strict", "elastic.shares", "elastic.digest_every", "train.recompute", "train.max_bad_steps",
-    "train.log_every", "train.eval_every", "train.eval_requests", "train.checkpoint_every",
+    "elastic.strict", "elastic.shares", "elastic.digest_every", "train.recompute", "train.recompute_matmuls",
+    "train.max_bad_steps", "train.log_every", "train.eval_every", "train.eval_requests", "train.checkpoint_every",
     "train.keep_checkpoints", "train.keep_every", "train.timeout_s", "train.checkpoint_timeout_s"))
 
 
@@ -55,6 +55,7 @@ class TrainConfig(Config):
     tf32: bool = pydantic.Field(False, description="fp32 matmuls on a GPU with 10 bits of mantissa")
     attention: AttentionPath = pydantic.Field("grouped", description="flex: packed, without padding, on a GPU")
     recompute: tuple[str, ...] = pydantic.Field((), description="parts of the tower that keep no activations")
+    recompute_matmuls: bool = pydantic.Field(True, description="false: those parts keep what their linear maps gave")
     clip_norm: float = pydantic.Field(1.0, gt=0, description="bound on the norm of the dense gradient")
     max_bad_steps: int = pydantic.Field(10, ge=1, description="non-finite steps in a row before the run is given up")
     log_every: int = pydantic.Field(20, ge=1, description="steps")
@@ -70,6 +71,14 @@ class TrainConfig(Config):
     def default_precision(self) -> Precision:
         """Of what ``precision`` does not name."""
         return self.precision.get("default", "fp32") if isinstance(self.precision, dict) else self.precision
+
+    @property
+    def recomputed_whole(self) -> tuple[str, ...]:
+        """Parts that keep nothing and whose matmuls run again: those that a plan counts less memory and more work for.
+
+        With ``recompute_matmuls: false`` a plan is on the safe side: it counts all that the parts would keep.
+        """
+        return self.recompute if self.recompute_matmuls else ()
 
     @property
     def part_precisions(self) -> dict[str, Precision]:
@@ -178,7 +187,7 @@ def build_ranker(job: Job, schema: Schema, device: torch.device) -> Ranker:
     tables = build_tables(schema, job.sparse, device="meta")
     torch.manual_seed(derive_seed(job.seed, "tower"))
     tower = build_tower(job.model, input_widths(schema, job), len(schema.tasks), job.data.max_events).to(device)
-    apply_recompute(tower, job.train.recompute)
+    apply_recompute(tower, job.train.recompute, keep_matmuls=not job.train.recompute_matmuls)
     return Ranker(schema, tables, tower)
 
 

@@ -26,10 +26,11 @@ class Workload:
     user_ids: Mapping[str, float]
 
     def ids_per_request(self, schema: Schema) -> dict[str, float]:
-        """Mean number of ids a request looks up, by key such as "history.item"."""
+        """Mean number of ids a request looks up, by key such as "history.item" and by table read row by row."""
         history, candidates = (float(np.mean([batch[part] for batch in self.batches])) for part in (0, 1))
-        return {**{f"history.{feature.name}": history for feature in schema.history_features},
-                **{f"candidates.{feature.name}": candidates for feature in schema.item_features}, **self.user_ids}
+        ids = {**{f"history.{feature.name}": history for feature in schema.history_features},
+               **{f"candidates.{feature.name}": candidates for feature in schema.item_features}, **self.user_ids}
+        return ids | {table: sum(ids[key] for key in keys) for table, keys in schema.row_keys.items()}
 
 
 def sample_workload(dataset: Dataset, batch_requests: int, max_events: int, seed: int,

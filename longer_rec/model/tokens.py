@@ -75,9 +75,11 @@ class EventTokens(nn.Module):
     def events(self, user: UserSide) -> Tensor:
         """T x D."""
         parts = [user.event_embedding[name] for name in (*self.item_names, *self.event_names)]
-        parts.append(self.age(age_bucket(user.age_T, self.get_buffer("age_boundary"))))
+        # index_select: on a CPU its backward adds up the same sums as an embedding's, in a third to half of the time.
+        bucket_T = age_bucket(user.age_T, self.get_buffer("age_boundary"))
+        parts.append(self.age.weight.index_select(0, bucket_T))
         position_T = position_from_newest(user.length_B, user.age_T.numel())
-        return self.rest(self.first(torch.cat(parts, dim=-1))) + self.position(position_T)
+        return self.rest(self.first(torch.cat(parts, dim=-1))) + self.position.weight.index_select(0, position_T)
 
     def candidates(self, candidates: CandidateSide) -> Tensor:
         """C x X. The part of the projection that all candidates share is worked out once."""

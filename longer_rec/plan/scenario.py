@@ -174,7 +174,7 @@ class Scenario:
         if not isinstance(model, TowerConfig):
             return {}
         sizes = [tower_bytes(model, input_widths(self.schema, self.job), len(self.schema.tasks), *batch,
-                             train.recompute, 4 if train.default_precision == "fp32" else 2,
+                             train.recomputed_whole, 4 if train.default_precision == "fp32" else 2,
                              4 if self.hardware.device == "cpu" else None) for batch in batches]
         return max(sizes, key=lambda parts: sum(parts.values()))
 
@@ -317,7 +317,7 @@ def step_terms(scenario: Scenario, tables: Mapping[str, float]) -> dict[str, dic
     # TorchRec's estimator lets one rank pay for sending to itself.
     forward_exchange, backward_exchange = (tables[name] * (num_ranks > 1)
                                            for name in ("forward_exchange", "backward_exchange"))
-    forward_passes = 1 + _BACKWARD_PER_FORWARD + bool(scenario.job.train.recompute)
+    forward_passes = 1 + _BACKWARD_PER_FORWARD + bool(scenario.job.train.recomputed_whole)
     table_calls, dense_calls = len(scenario.tables) * share, len(list(scenario.ranker.tower.parameters())) * share
     return {
         "lookup": {"call_s": table_calls, "lookup": tables["forward"] * share, "network": forward_exchange,

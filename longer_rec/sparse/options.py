@@ -140,7 +140,14 @@ def check_open(table: str, config: SparseConfig, world_size: int, kernels: Itera
 
 
 def splittable(types: Iterable[str], rows: int, world_size: int) -> tuple[str, ...]:
-    """Without row-wise when its blocks would leave a rank empty."""
+    """Without row-wise when its blocks would leave a rank empty; on one rank, which holds all of it, table-wise.
+
+    TorchRec's estimate takes them for equal there, yet row-wise sorts ids by rank and back: lookup and update took 11.6
+    and 9.2 ms on one rank (configs/first.yaml, Intel Xeon, December 2026).
+    """
+    types = tuple(types)
+    if world_size == 1 and "table_wise" in types:
+        return ("table_wise",)
     fits = math.ceil(rows / world_size) * (world_size - 1) < rows
     return tuple(name for name in types if fits or name != "row_wise")
 

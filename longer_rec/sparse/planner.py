@@ -35,8 +35,8 @@ def build_plan(module: nn.Module, config: SparseConfig, world: World, batch_requ
                fetches: Mapping[str, Floats] | None = None) -> SparsePlan:
     """Where each table of ``module`` goes; a pure function, so that rank 0 may decide for all.
 
-    ``batch_requests`` (per rank) and ``ids_per_request`` (mean number of ids by key, such as "history.item") tell
-    the planner how much is looked up; ``strict`` as in ``allowed_types``. ``fetches`` of each row, by table, decide
+    ``batch_requests`` (per rank) and ``ids_per_request`` (mean number of ids by table and pooled key) tell the
+    planner how much is looked up; ``strict`` as in ``allowed_types``. ``fetches`` of each row, by table, decide
     the kernels with ``sparse.placement``. ``ConfigError`` when the tables cannot be split that way or do not fit.
     """
     if config.placement == "auto" and fetches is None:

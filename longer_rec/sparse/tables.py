@@ -152,9 +152,9 @@ def build_tables(schema: Schema, config: SparseConfig, device: torch.device | st
     dims, num_rows, device = resolve_dims(schema, config), resolve_rows(schema, config), torch.device(device)
     _check_pooled(schema)
     by_dim: dict[tuple[int, bool], list[EmbeddingConfig]] = {}
-    for table, keys in schema.row_keys.items():
+    for table in schema.row_keys:
         by_dim.setdefault((dims[table], table in config.managed), []).append(EmbeddingConfig(
-            name=table, num_embeddings=num_rows[table], embedding_dim=dims[table], feature_names=keys))
+            name=table, num_embeddings=num_rows[table], embedding_dim=dims[table], feature_names=[table]))
     bags = [EmbeddingBagConfig(name=table, num_embeddings=num_rows[table], embedding_dim=dims[table],
                                feature_names=keys, pooling=PoolingType.SUM)
             for table, keys in schema.pooled_keys.items()]

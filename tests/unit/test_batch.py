@@ -64,11 +64,15 @@ def test_each_table_is_asked_for_an_id_once_and_each_feature_finds_its_own_again
     assert batch.distinct.keys() == {"item", "category", "action", "user"}
     for ids in batch.distinct.values():
         assert torch.equal(ids, ids.unique())
-    tables = {key: table for table, keys in SCHEMA.row_keys.items() for key in keys}
-    assert tables.keys() == batch.place.keys()
-    for key, table in tables.items():
-        assert torch.equal(batch.distinct[table][batch.place[key]], batch.ids(key))
-    assert sum(ids.numel() for ids in batch.distinct.values()) < sum(place.numel() for place in batch.place.values())
+    for table, keys in SCHEMA.row_keys.items():
+        ids = torch.cat([batch.ids(key) for key in keys])
+        assert torch.equal(batch.distinct[table][batch.place[table]], ids)
+        assert batch.distinct[table].numel() < ids.numel()
+        runs = batch.order[table].tensor_split(batch.start[table][1:].tolist())
+        assert [run.tolist() for run in runs] == [(ids == value).nonzero().squeeze(1).tolist()
+                                                  for value in batch.distinct[table]]
+    large = replace(batch, history={name: ids + (1 << 62) for name, ids in batch.history.items()})
+    assert torch.equal(deduplicate(large, SCHEMA).distinct["action"], batch.distinct["action"] + (1 << 62))
     empty = deduplicate(random_batch(SCHEMA, num_requests=0, seed=1), SCHEMA)
     assert [ids.numel() for ids in empty.distinct.values()] == [0] * 4
     assert concat_batches([batch, batch]).distinct == {}

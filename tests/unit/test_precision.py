@@ -7,6 +7,7 @@ import torch
 
 from longer_rec.errors import ConfigError
 from longer_rec.job import TrainConfig
+from longer_rec.model.flops import flop_counter
 from longer_rec.model.longer import LongerTower
 from longer_rec.model.precision import mixed_precision
 from longer_rec.model.recompute import apply_recompute
@@ -18,20 +19,21 @@ CPU = torch.device("cpu")
 PARTS = ("input", "merge", "cross", "self", "head", "interaction")
 
 
-def build(recomputed: tuple[str, ...] = ()) -> LongerTower:
+def build(recomputed: tuple[str, ...] = (), keep_matmuls: bool = False) -> LongerTower:
     torch.manual_seed(0)
     config = TowerConfig.model_validate({"width": 8, "merge_size": 2, "num_queries": 3, "interaction": {},
                                          "inner_trans": {}, "num_cls_tokens": 1, "phd": {}})
     tower = build_tower(config, WIDTHS, num_tasks=2, max_events=16)
     assert isinstance(tower, LongerTower)
     randomise(tower)
-    apply_recompute(tower, recomputed)
+    apply_recompute(tower, recomputed, keep_matmuls)
     return tower
 
 
-def run(default: str, parts: dict[str, str], recomputed: tuple[str, ...] = ()) -> list[torch.Tensor]:
+def run(default: str, parts: dict[str, str], recomputed: tuple[str, ...] = (), keep_matmuls: bool = False
+        ) -> list[torch.Tensor]:
     """Logits, then the gradient of each parameter."""
-    tower = build(recomputed)
+    tower = build(recomputed, keep_matmuls)
     user, candidates = make_user([7, 0, 16], dtype=torch.float32), make_candidates([2, 1, 3], dtype=torch.float32)
     with mixed_precision(tower, default, parts, CPU):  # type: ignore[arg-type]
         logit_CY = tower.score(tower.encode(user), candidates)
@@ -59,9 +61,22 @@ def test_each_part_alone_may_differ_from_the_rest(part: str, default: str, other
 
 
 @pytest.mark.parametrize("default", ["fp32", "bf16"])
-def test_recomputation_changes_no_bit_of_mixed_parts(default: str) -> None:
+@pytest.mark.parametrize("keep_matmuls", [False, True])
+def test_recomputation_changes_no_bit_of_mixed_parts(default: str, keep_matmuls: bool) -> None:
     parts = {"merge": "bf16", "cross": "bf16", "self": "fp32"}
-    assert far(run(default, parts, PARTS), run(default, parts)) == 0.0
+    assert far(run(default, parts, PARTS, keep_matmuls), run(default, parts)) == 0.0
+
+
+def test_selective_recomputation_runs_no_linear_map_again() -> None:
+    def count(recomputed: tuple[str, ...], keep_matmuls: bool) -> int:
+        with flop_counter() as counter:
+            run("fp32", {}, recomputed, keep_matmuls)
+        flops = counter.get_flop_counts()["Global"]
+        return sum(flops[op] for op in (torch.ops.aten.mm, torch.ops.aten.addmm) if op in flops)
+
+    once = count((), False)
+    assert count(PARTS, True) == once
+    assert count(PARTS, False) > 1.2 * once
 
 
 def test_naming_every_part_is_the_default_and_nothing_stays_behind() -> None:

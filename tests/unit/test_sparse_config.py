@@ -70,6 +70,13 @@ def test_tables_that_do_not_fit_are_refused() -> None:
         plan(config(), schema=huge)
 
 
+def test_one_rank_holds_each_table_whole() -> None:
+    kinds = {size: {table.sharding_type for table in plan(config(), world_size=size).tables} for size in (1, 2)}
+    assert kinds[1] == {"table_wise"}
+    assert "row_wise" in kinds[2]
+    assert {table.sharding_type for table in plan(config(plan="row_wise"), world_size=1).tables} == {"row_wise"}
+
+
 def test_sharing_a_table_between_pooled_and_single_features_is_refused() -> None:
     shared = SCHEMA.model_copy(update={"user_features": (Feature(name="liked", table="item", multi_valued=True),)})
     with pytest.raises(ConfigError, match="give the multi-valued feature its own table"):
@@ -82,10 +89,10 @@ def test_weight_decay_that_would_be_ignored_is_refused(optimizer: str) -> None:
         apply_table_optimizer([], config(optimizer=optimizer, weight_decay=0.1))
 
 
-def test_item_table_is_shared_by_history_and_candidates() -> None:
+def test_a_table_is_one_feature_whatever_features_share_it() -> None:
     tables = build_tables(SCHEMA, config(dims={"item": 32}))
     assert [(table.name, table.feature_names) for table in tables.ec["dim32"].embedding_configs()] == [
-        ("item", ["history.item", "candidates.item"])]
+        ("item", ["item"])]
     assert all(parameter.is_meta for parameter in tables.parameters())
     assert widths(SCHEMA, config(dims={"item": 32}))["candidates.item"] == 32
 
