@@ -13,6 +13,7 @@ from longer_rec.runtime.kernels import choose_portable_kernels
 from longer_rec.runtime.preemption import end_on_stop
 
 if TYPE_CHECKING:
+    from longer_rec.config import ConfigT
     from longer_rec.job import Job
     from longer_rec.runtime.cluster_check import Check
 
@@ -56,9 +57,7 @@ def launch(
 ) -> None:
     """Train on many ranks of this host; starts again by itself when a rank dies or stops."""
     end_on_stop()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # FBGEMM's import asks whether there is a GPU: without this, that would leave CUDA unusable in forked ranks.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    _prepare_forking()
     from longer_rec.runtime.supervisor import supervise
 
     job = _load_job(config, overrides)
@@ -77,6 +76,19 @@ def resize(
     from longer_rec.train.resize import resize_run
 
     typer.echo(resize_run(run_dir, nproc))
+
+
+def _prepare_forking() -> None:
+    """Before torch and FBGEMM are imported: processes forked afterwards have one thread, and may use CUDA."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # FBGEMM's import asks whether there is a GPU: without this, that would leave CUDA unusable in forked ranks.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+
+def _settings(kind: "type[ConfigT]", settings: list[str] | None, where: str) -> "ConfigT":
+    from longer_rec.config import apply_overrides, build_config
+
+    return build_config(kind, apply_overrides({}, settings or ()), where)
 
 
 def _load_job(config: Path, overrides: list[str] | None) -> "Job":
@@ -138,10 +150,9 @@ def export(
     max_auc_loss: Annotated[float, typer.Option(help="what rounded embeddings may cost on the test split")] = 5e-4,
 ) -> None:
     """Make a bundle that `longer-rec serve` serves, of a run's newest checkpoint; refused unless logits agree."""
-    from longer_rec.config import build_config
     from longer_rec.train.export import ExportOptions, export_run
 
-    options = build_config(ExportOptions, {"embeddings": embeddings, "max_auc_loss": max_auc_loss}, "export")
+    options = _settings(ExportOptions, [f"embeddings={embeddings}", f"max_auc_loss={max_auc_loss}"], "export")
     manifest = export_run(run_dir, out, options)
     typer.echo("\n  ".join([f"exported {out}, version {manifest.version}",
                             *(f"{name}: {value:.6g}" for name, value in manifest.measured.items())]))
@@ -155,11 +166,10 @@ def compress(
         help="such as vectors=int8 stored=post past=STORE features=[item] delay_s=3600 retention_days=90")] = None,
 ) -> None:
     """Store a vector of every instance of a run's data, for other models to read as tokens; docs/iat.md."""
-    from longer_rec.config import apply_overrides, build_config
     from longer_rec.train.compress import CompressOptions, compress_run, summary_lines
 
-    options = build_config(CompressOptions, apply_overrides({}, settings or ()), "compress")
-    typer.echo("\n  ".join(summary_lines(out, compress_run(run_dir, out, options))))
+    compressed = compress_run(run_dir, out, _settings(CompressOptions, settings, "compress"))
+    typer.echo("\n  ".join(summary_lines(out, compressed)))
 
 
 @app.command()
@@ -168,12 +178,10 @@ def serve(
     settings: Annotated[list[str] | None, typer.Argument(help="such as port=8080 cache_bytes=4GB")] = None,
 ) -> None:
     """Score candidates over HTTP, on this machine alone unless told otherwise; docs/serving.md."""
-    from longer_rec.config import apply_overrides, build_config
     from longer_rec.serve.app import ServeConfig
     from longer_rec.serve.app import serve as run
 
-    run(bundle, build_config(ServeConfig, apply_overrides({}, settings or ()), "serve"),
-        lambda line: print(line, flush=True))
+    run(bundle, _settings(ServeConfig, settings, "serve"), lambda line: print(line, flush=True))
 
 
 @bench_app.command("serve")
@@ -186,9 +194,8 @@ def bench_serve(
     """Start a server of a bundle, send it requests at a given rate, tell how fast it answers; docs/serving.md."""
     from longer_rec.bench.serve import ServeLoad
     from longer_rec.bench.serve import bench_serve as run
-    from longer_rec.config import apply_overrides, build_config
 
-    run(bundle, build_config(ServeLoad, apply_overrides({}, settings or ()), "bench serve"), out)
+    run(bundle, _settings(ServeLoad, settings, "bench serve"), out)
 
 
 @bench_app.command("profile")
@@ -200,13 +207,11 @@ def bench_profile(
     out: Annotated[Path, typer.Option(help="directory for profile.json, profile.md and trace.json")] = Path("profile"),
 ) -> None:
     """Train for a few steps and tell where their time goes; nothing is saved of them. docs/performance.md."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as in launch: ranks are forked
+    _prepare_forking()
     from longer_rec.bench.profile import ProfileOptions, profile_job
-    from longer_rec.config import build_config
 
-    profile_job(_load_job(config, overrides), build_config(ProfileOptions, {"nproc": nproc, "steps": steps}, "bench "
-                                                           "profile"), out)
+    options = _settings(ProfileOptions, [f"nproc={nproc}", f"steps={steps}"], "bench profile")
+    profile_job(_load_job(config, overrides), options, out)
 
 
 @app.command()
@@ -227,8 +232,7 @@ def inspect(
 ) -> None:
     """Position, tables and tower of a checkpoint, or what prepared data holds; files verified."""
     if (checkpoint / "requests.arrow").is_file():
-        _inspect_data(checkpoint, detail)
-        return
+        return _inspect_data(checkpoint, detail)
     from longer_rec.checkpoint.inspect import find_checkpoint, inspect_checkpoint, summary_lines
 
     summary = inspect_checkpoint(find_checkpoint(checkpoint))
@@ -311,7 +315,7 @@ def study(config: Annotated[Path, typer.Argument(help="YAML file of a study")], 
     """A grid of runs and one table of their results. Continues where it was stopped; exit code 1 when a run failed."""
     end_on_stop()
     os.environ["OMP_NUM_THREADS"] = "1"  # each run has a core
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as in launch: runs are forked
+    _prepare_forking()
     from longer_rec.study.command import run_study
 
     command = shlex.join(["longer-rec", "study", str(config), *(overrides or ())])

@@ -1,7 +1,7 @@
 """The frozen base of every configuration, and its way in and out of YAML.
 
-Each part of the package keeps its own ``Config`` subclass beside the code that reads it; ``train/job.py`` joins
-them into the root. Unknown keys, wrong types and impossible values end in one ``ConfigError`` line.
+Each part of the package keeps its own ``Config`` subclass beside the code that reads it; ``job.py`` joins them
+into the root. Unknown keys, wrong types and impossible values end in one ``ConfigError`` line.
 """
 
 import difflib

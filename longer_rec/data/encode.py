@@ -95,17 +95,10 @@ class Hashed:
 
 
 @dataclass(frozen=True)
-class Open:
-    """A stable hash of 40 bits, 0 for null: of a hundred million values one in 11,000 shares its hash with another."""
+class Open(Hashed):
+    """A hash of 40 bits, 0 for null: of a hundred million values one in 11,000 shares its hash with another."""
 
-    @property
-    def num_rows(self) -> int:
-        return 1 << OPEN_ID_BITS
-
-    def encode(self, raw: pl.Series, what: str) -> I64:
-        raw = as_ids(raw, what)
-        hashed = (hash_values(raw, _HASH_SEED) % np.uint64((1 << OPEN_ID_BITS) - 1)).astype(np.int64) + 1
-        return np.where(raw.is_not_null().to_numpy(), hashed, 0)
+    num_buckets: int = (1 << OPEN_ID_BITS) - 1
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,7 @@ class Bucketed:
         return np.where(np.isnan(value), 0, bucket)
 
 
-Encoder = Vocabulary | Hashed | Open | Bucketed
+Encoder = Vocabulary | Hashed | Bucketed
 
 
 def as_ids(raw: pl.Series, what: str) -> pl.Series:
@@ -191,10 +184,10 @@ def save_encoders(encoders: dict[str, Encoder], directory: Path) -> None:
             # Plain text, not polars' own views: their bytes depend on how the column came about.
             pl.DataFrame({"value": encoder.values}).write_ipc(directory / f"vocabulary.{name}.arrow",
                                                               compat_level=pl.CompatLevel.oldest())
-        elif isinstance(encoder, Hashed):
-            described[name] = {"type": "hashed", "num_buckets": encoder.num_buckets}
         elif isinstance(encoder, Open):
             described[name] = {"type": "open"}
+        elif isinstance(encoder, Hashed):
+            described[name] = {"type": "hashed", "num_buckets": encoder.num_buckets}
         else:
             described[name] = {"type": "bucketed", "boundaries": list(encoder.boundaries)}
     (directory / "encoders.json").write_text(json.dumps(described, indent=1), encoding="utf-8")

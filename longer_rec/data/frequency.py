@@ -12,7 +12,7 @@ import numpy.typing as npt
 import polars as pl
 
 from longer_rec.data.history import Dataset
-from longer_rec.data.order import I64
+from longer_rec.data.order import I64, ranges
 from longer_rec.data.store import read_frame
 
 LOOKUPS = "lookups.arrow"
@@ -110,6 +110,5 @@ def _add_candidates(dataset: Dataset, request: I64, items: Lookups) -> None:
     first, count = (dataset.requests.take(name, request).astype(np.int64)
                     for name in ("candidate_start", "num_candidates"))
     for part in np.array_split(np.arange(len(request)), 1 + int(count.sum()) // _CHUNK_EVENTS):
-        offset = np.cumsum(count[part]) - count[part]
-        at = np.arange(int(count[part].sum())) + np.repeat(first[part] - offset, count[part])
+        at = ranges(first[part], count[part])
         items += np.bincount(dataset.candidates.take("item", at), minlength=len(items))

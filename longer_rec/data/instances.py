@@ -131,14 +131,12 @@ class InstanceReader:
     def progress(self) -> dict[str, int]:
         """``done`` of ``total`` requests, and the number of instances."""
         with _reading(self.path):
-            return _progress(*_environment(self.path))
+            return _progress(self.path)
 
     def knows_any(self, users: Sequence[int]) -> bool:
         """Whether there is a record of one of the users, whatever its time."""
-        with _reading(self.path):
-            environment, blocks, _ = _environment(self.path)
-            with environment.begin(db=blocks, buffers=True) as transaction, transaction.cursor() as cursor:
-                return any(True for user in users for _ in _walk_back(cursor, user, _KEY.pack(user, _LAST, 0)))
+        with _reading(self.path) as cursor:
+            return any(True for user in users for _ in _walk_back(cursor, user, _KEY.pack(user, _LAST, 0)))
 
     def fetch(self, user: Sequence[int], before: Sequence[int], max_tokens: int) -> tuple[Array, I64]:
         """Of each user the newest ``max_tokens`` records whose labels were known strictly before a time, oldest first.
@@ -147,13 +145,11 @@ class InstanceReader:
         """
         size, counts = self.manifest.record.itemsize, []
         parts: list[bytes] = []
-        with _reading(self.path):
-            environment, blocks, _ = _environment(self.path)
-            with environment.begin(db=blocks, buffers=True) as transaction, transaction.cursor() as cursor:
-                for one, end in zip(user, before, strict=True):
-                    found = self._newest(cursor, one, end, max_tokens)
-                    parts += reversed(found)
-                    counts.append(sum(map(len, found)) // size)
+        with _reading(self.path) as cursor:
+            for one, end in zip(user, before, strict=True):
+                found = self._newest(cursor, one, end, max_tokens)
+                parts += reversed(found)
+                counts.append(sum(map(len, found)) // size)
         return np.frombuffer(b"".join(parts), self.manifest.record), np.asarray(counts, np.int64)
 
     def _newest(self, cursor: Any, user: int, before: int, max_tokens: int) -> list[bytes]:
@@ -173,7 +169,7 @@ class InstanceReader:
 
 
 class InstanceWriter:
-    """The one that adds to a store, made at ``path`` if there is none; close it, or use it as a context.
+    """The one that adds to a store, made at ``path`` if there is none; a context, which closes it.
 
     ``DataError`` when the store there was made by another model or keeps vectors otherwise.
     """
@@ -195,7 +191,7 @@ class InstanceWriter:
 
     def progress(self) -> dict[str, int]:
         """``done`` of ``total`` requests, and the number of instances."""
-        return _progress(self._environment, self._blocks, self._state)
+        return _progress(self.path)
 
     def append(self, user: U64, records: Array, progress: dict[str, int]) -> int:
         """Add records, ``user`` says whose each is, and note the progress, in one transaction; how many were new.
@@ -262,14 +258,11 @@ class InstanceWriter:
             self._note(transaction, {"done": total, "total": total}, -num_removed)
         return num_removed
 
-    def close(self) -> None:
-        _close(self.path)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        _close(self.path)
 
 
 def _sortable(time: int) -> int:
@@ -301,7 +294,8 @@ def _write_manifest(path: Path, manifest: StoreManifest) -> None:
     temporary.replace(path / MANIFEST)
 
 
-def _progress(environment: Any, _: Any, state: Any) -> dict[str, int]:
+def _progress(path: Path) -> dict[str, int]:
+    environment, _, state = _environment(path)
     with environment.begin() as transaction:
         found: dict[str, int] = json.loads(transaction.get(_PROGRESS, b"{}", db=state))
     return found
@@ -337,8 +331,11 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path) -> Iterator[Any]:
+    """A cursor over the blocks."""
     try:
-        yield
+        environment, blocks, _ = _environment(path)
+        with environment.begin(db=blocks, buffers=True) as transaction, transaction.cursor() as cursor:
+            yield cursor
     except (lmdb.Error, OSError) as error:
         raise DataError(f"cannot read {path}: {error}; run the same `longer-rec compress` again") from None

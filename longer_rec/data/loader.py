@@ -70,12 +70,13 @@ class TrainLoader:
         train, config = self._dataset.split_rows("train"), self._config
         if self._user_order:
             stretches = (self._stretch(step * self._num_workers + worker) for worker in self._workers)
-            return [self._make_worker(row + train.start, epoch if config.fresh_negatives else 0)
+            return [_checked_batch(self._dataset, row + train.start, config, epoch if config.fresh_negatives else 0)
                     for row, epoch in stretches]
         position = sample_positions(step, self._num_workers * config.batch_requests)
         row, epoch = sample_rows(position, len(train), self._seed, self._reverse)
         # With one set of negatives for all epochs it is epoch 0's, not the evaluation's.
-        return [self._make_worker(row[dealt] + train.start, epoch[dealt] if config.fresh_negatives else 0)
+        return [_checked_batch(self._dataset, row[dealt] + train.start, config,
+                               epoch[dealt] if config.fresh_negatives else 0)
                 for dealt in self._deal(row + train.start)[self._workers.start:self._workers.stop]]
 
     def _stretch(self, number: int) -> tuple[I64, int]:
@@ -97,11 +98,6 @@ class TrainLoader:
         length, num_candidates = request_sizes(self._dataset, row)
         cost = np.minimum(length, config.max_events) + config.candidate_cost * num_candidates
         return deal_evenly(cost, self._num_workers)
-
-    def _make_worker(self, row: I64, epoch: I64 | int) -> RequestBatch:
-        batch = make_batch(self._dataset, row, max_events=self._config.max_events, epoch=epoch)
-        validate_batch(batch, self._dataset.schema)
-        return deduplicate(batch, self._dataset.schema)
 
     def take_wait(self) -> float:
         """Seconds spent waiting for steps since the last call."""
@@ -138,14 +134,18 @@ class EvalLoader:
     def make_block(self, block: int) -> RequestBatch:
         """A validated block, in this process."""
         size = self._config.eval_batch_requests
-        rows = self._rows[block * size:(block + 1) * size]
-        batch = make_batch(self._dataset, rows, max_events=self._config.max_events)
-        validate_batch(batch, self._dataset.schema)
-        return deduplicate(batch, self._dataset.schema)
+        return _checked_batch(self._dataset, self._rows[block * size:(block + 1) * size], self._config)
 
     def __iter__(self) -> Iterator[tuple[int, RequestBatch]]:
         batches = in_background(lambda block: [self.make_block(block)], self._blocks, self._config)
         return ((block, batch) for block, (batch,) in zip(self._blocks, batches, strict=True))
+
+
+def _checked_batch(dataset: Dataset, rows: I64 | range, config: DataConfig, epoch: I64 | int | None = None
+                   ) -> RequestBatch:
+    batch = make_batch(dataset, rows, max_events=config.max_events, epoch=epoch)
+    validate_batch(batch, dataset.schema)
+    return deduplicate(batch, dataset.schema)
 
 
 class _Made(torch.utils.data.Dataset[PackedBatches | LongerRecError]):

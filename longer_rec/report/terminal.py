@@ -32,6 +32,7 @@ Row = Mapping[str, Any]
 # Rich assumes 80 columns where there is no terminal, and folds tables that a log file has room for.
 _LOG_WIDTH: Final = 140
 _UNBOUNDED: Final = 10_000
+_PLAIN_EVERY_S: Final = 10.0
 _STATUS_STYLE: Final = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -117,18 +118,17 @@ class _FittedTable(Table):
 
 
 class TrainProgress:
-    """Progress of training: a bar in a terminal, elsewhere a plain line every ``plain_every_s`` seconds.
+    """Progress of training: a bar in a terminal, elsewhere a plain line every ten seconds.
 
     Evaluations and the last step always get a line. Draws on ``update`` alone, without a thread: data workers are
     forked while it is open. Does nothing where ``enabled`` is false (ranks other than 0).
     """
 
     def __init__(self, name: str, num_steps: int, start: int = 0, enabled: bool = True, console: Console | None = None,
-                 plain_every_s: float = 10.0, clock: Callable[[], float] = time.monotonic, unit: str = "step") -> None:
+                 clock: Callable[[], float] = time.monotonic, unit: str = "step") -> None:
         self._console, self._unit = console or make_console(), unit
         self._name, self._num_steps, self._start, self._enabled = name, num_steps, start, enabled
-        self._plain_every_s, self._clock = plain_every_s, clock
-        self._started = self._printed = clock()
+        self._clock, self._started, self._printed = clock, clock(), clock()
         self._bar = Progress(
             TextColumn(escape(name)), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True), console=self._console, auto_refresh=False,
@@ -162,7 +162,7 @@ class TrainProgress:
 
     def _print_plain(self, step: int) -> None:
         now = self._clock()
-        if now - self._printed < self._plain_every_s and step < self._num_steps:
+        if now - self._printed < _PLAIN_EVERY_S and step < self._num_steps:
             return
         self._printed = now
         done = step - self._start

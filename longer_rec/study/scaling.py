@@ -18,6 +18,7 @@ _STEP: Final = 0.02
 # Half a step beside 0, where the curve is a logarithm and alpha infinite.
 _BETAS: Final = np.arange(-4 + _STEP / 2, 4, _STEP)
 _REPLICATES: Final = 2000
+_BAND_POINTS: Final = 60
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ScalingFit:
         return not _BETAS[0] < self.beta < _BETAS[-1]
 
 
-def fit_scaling(x: Sequence[float], y: Sequence[float], num_band: int = 60) -> ScalingFit | None:
+def fit_scaling(x: Sequence[float], y: Sequence[float]) -> ScalingFit | None:
     """The curve through points (x > 0, y), or None with fewer than ``MIN_POINTS`` distinct x.
 
     Confidence comes from a parametric bootstrap: curves are fitted to draws around the fitted values, whose spread is
@@ -59,7 +60,7 @@ def fit_scaling(x: Sequence[float], y: Sequence[float], num_band: int = 60) -> S
     random = np.random.default_rng(0)
     sigmas = np.sqrt(residual / random.chisquare(len(xs) - 3, _REPLICATES))
     draws = fitted + sigmas[:, None] * random.standard_normal((_REPLICATES, len(xs)))
-    band = np.geomspace(xs.min(), xs.max(), num_band)
+    band = np.geomspace(xs.min(), xs.max(), _BAND_POINTS)
     betas, slopes, levels = _fit(scaled, draws, _BETAS)
     curves = slopes[:, None] * _basis(band / scale, betas) + levels[:, None]
     low, high = np.quantile(curves, [0.025, 0.975], axis=0)

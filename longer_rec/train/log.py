@@ -1,6 +1,5 @@
 """What a run writes down while it goes: metrics.jsonl and TensorBoard, on rank 0."""
 
-import datetime
 import json
 import math
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from longer_rec.errors import CheckpointError
 from longer_rec.train.digests import DIGESTS
-from longer_rec.train.run_dir import write_atomically, writing
+from longer_rec.train.run_dir import utc_now, write_atomically, writing
 
 Value = float | int | str | None
 _METRICS = "metrics.jsonl"
@@ -60,7 +59,7 @@ class RunLog:
 
 def append_event(directory: Path, event: str, **values: Value) -> None:
     """Add a line to ``events.jsonl``: what happened to the run, which its metrics do not show."""
-    line = {"event": event, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **values}
+    line = {"event": event, "time": utc_now(), **values}
     with writing(directory), (directory / EVENTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

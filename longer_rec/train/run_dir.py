@@ -53,7 +53,7 @@ def open_run_dir(job: Job, dataset: Dataset, num_workers: int) -> None:
                 write_atomically(directory / "config.yaml", config)
             lock.truncate(0)
             launch = f" (launch {os.getppid()})" if is_supervised() else ""
-            lock.write(f"process {os.getpid()}{launch} on {socket.gethostname()} since {_now()}\n")
+            lock.write(f"process {os.getpid()}{launch} on {socket.gethostname()} since {utc_now()}\n")
             lock.flush()
     except OSError as error:
         if is_new:
@@ -176,13 +176,13 @@ def _describe_run(dataset: Dataset, num_workers: int) -> dict[str, Any]:
         "versions": {"longer_rec": longer_rec.__version__, **{name: installed_version(name) for name in _PACKAGES}},
         "machine": machine_facts(),
         "git_commit": _git_commit(),
-        "started": _now(),
+        "started": utc_now(),
         "num_workers": num_workers,
         "data": {**dataset.summary, "fingerprint": dataset.fingerprint},
     }
 
 
-def _now() -> str:
+def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
