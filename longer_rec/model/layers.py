@@ -11,7 +11,7 @@ from longer_rec.model.attention import attend, attend_all, join
 from longer_rec.model.attention_plan import plan_attention
 from longer_rec.model.linear import Linear, for_attention, linear
 from longer_rec.model.norms import HeadNorm, LayerNorms, NormKind, build_norm, init_megatron
-from longer_rec.model.own_attention import OwnMask, attend_and_merge, cat_or_one, merge_own
+from longer_rec.model.own_attention import OwnMask, attend_and_merge, cat_or_one, log_matches, merge_own
 from longer_rec.model.phd import Chunk
 from longer_rec.model.sampling import Queries
 from longer_rec.model.state import LayerCache
@@ -87,21 +87,36 @@ class CausalLayer(nn.Module):
 
     def score(self, token_CGX: Tensor, cache: LayerCache, num_candidates_B: Tensor, mask: OwnMask) -> Tensor:
         """Candidates' last tokens, the queries of ``mask``, attending to their request's cached keys and their own."""
-        C, _, X = token_CGX.shape
-        Q = len(mask.seen)
-        query_CQHE, key_CGHE, value_CGHE = self.own_heads(self.attention_norm(token_CGX), Q)
-        if cache.window is None and token_CGX.device.type == "cpu" and not torch.is_grad_enabled():
+        own = self.own_heads(self.attention_norm(token_CGX), len(mask.seen))
+        mixed_CQX, _ = self._attend_own(own, cache, num_candidates_B, mask)
+        return self._finish(token_CGX[:, -len(mask.seen):], mixed_CQX)
+
+    def score_and_count(self, token_CGX: Tensor, cache: LayerCache, num_candidates_B: Tensor, mask: OwnMask
+                        ) -> tuple[Tensor, Tensor]:
+        """``score``, and ``log_matches`` of each candidate's last token, C x H."""
+        own = self.own_heads(self.attention_norm(token_CGX), len(mask.seen))
+        mixed_CQX, log_sum_CQH = self._attend_own(own, cache, num_candidates_B, mask)
+        return (self._finish(token_CGX[:, -len(mask.seen):], mixed_CQX),
+                log_matches(own[0][:, -1], own[1][:, mask.seen[-1][-1]], log_sum_CQH[:, -1]))
+
+    def _attend_own(self, own: tuple[Tensor, Tensor, Tensor], cache: LayerCache, num_candidates_B: Tensor,
+                    mask: OwnMask) -> tuple[Tensor, Tensor]:
+        """Attention of the candidates' ``own`` queries, C x Q x X, and the log-sum-exp of the request's keys in it."""
+        query_CQHE, key_CGHE, value_CGHE = own
+        C, Q, H, _ = query_CQHE.shape
+        if cache.window is None and query_CQHE.device.type == "cpu" and not torch.is_grad_enabled():
             counts, lengths = num_candidates_B.tolist(), cache.length_B.tolist()
-            mixed_CQHE = cat_or_one([attend_and_merge(*one, mask) for one in zip(
+            parts = [attend_and_merge(*one, mask) for one in zip(
                 query_CQHE.split(counts), cache.key_SHE.split(lengths), cache.value_SHE.split(lengths),
-                key_CGHE.split(counts), value_CGHE.split(counts), strict=True)] or [query_CQHE])
-            return self._finish(token_CGX[:, -Q:], mixed_CQHE.reshape(C, Q, X))
+                key_CGHE.split(counts), value_CGHE.split(counts), strict=True)]
+            mixed, log_sums = zip(*parts or [(query_CQHE, query_CQHE[..., 0])], strict=True)
+            return cat_or_one(mixed).reshape(C, Q, -1), cat_or_one(log_sums)
         shared, log_sum = attend_all(query_CQHE.flatten(0, 1), cache.key_SHE, cache.value_SHE, num_candidates_B * Q,
                                      cache.length_B)
         if cache.window is not None:
             shared, log_sum = self._add_window(shared, log_sum, query_CQHE, cache.window, num_candidates_B, mask)
         mixed_CQHE = merge_own(shared, log_sum, query_CQHE, key_CGHE, value_CGHE, mask)
-        return self._finish(token_CGX[:, -Q:], mixed_CQHE.reshape(C, Q, X))
+        return mixed_CQHE.reshape(C, Q, -1), log_sum.view(C, Q, H)
 
     def _add_window(self, shared_QHE: Tensor, log_sum_QH: Tensor, query_CQHE: Tensor, window: LayerCache,
                     num_candidates_B: Tensor, mask: OwnMask) -> tuple[Tensor, Tensor]:

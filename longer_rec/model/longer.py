@@ -31,7 +31,7 @@ from longer_rec.model.sampling import DEFAULT_QUERIES, Queries, Sampling, check_
 from longer_rec.model.state import LayerCache, UserState
 from longer_rec.model.tokens import EventTokens, UserGlobals, age_bucket
 
-_SIDES = ("encode", "encode_hidden", "score")
+_SIDES = ("encode", "encode_hidden", "score", "score_and_count")
 
 
 class TowerConfig(Config):
@@ -54,6 +54,7 @@ class TowerConfig(Config):
     norm: NormPlace = "pre"
     norm_kind: NormKind = "layer"
     layer_init: LayerInit | None = pydantic.Field(None, description="null: megatron for hybrid norms, else plain")
+    count_matches: bool = pydantic.Field(False, description="the head reads how much each head of the cross layer found")
     matcher_gamma: float = pydantic.Field(2.0, ge=0.0, description="W_q, W_k start as this times I; 0: random start")
     projection_hidden: int = pydantic.Field(0, ge=0, description="hidden width of the input projection; 0: linear")
     age_buckets: int = pydantic.Field(64, ge=2)
@@ -120,6 +121,7 @@ class TowerConfig(Config):
             candidate += self.interaction.width
         if self.instances is not None:
             candidate += self.instances.out_width
+        candidate += self.count_matches * self.heads
         return (candidate + self.num_candidate_tokens * self.merged_width,
                 user + (self.num_read_globals + self.reads_sequence) * self.merged_width)
 
@@ -223,7 +225,11 @@ class LongerTower(nn.Module):
         token_CGX = self.copies.of_candidates(torch.stack(tokens, dim=1))
         for depth, (layer, cache) in enumerate(zip(self.causal_layers, state.layers, strict=True)):
             mask = own_mask(len(tokens), self.config.copies, last_copy_alone=depth == self.config.num_self_layers)
-            token_CGX = layer.score(token_CGX, cache, candidates.length_B, mask)
+            if depth == 0 and self.config.count_matches:
+                token_CGX, matches_CH = layer.score_and_count(token_CGX, cache, candidates.length_B, mask)
+                parts.append(matches_CH)
+            else:
+                token_CGX = layer.score(token_CGX, cache, candidates.length_B, mask)
         parts.append(self.final_norm(token_CGX).flatten(1))
         parts += scaled_inputs(candidates.embedding, self.item_names, self.config.head.id_scale)
         parts.append(candidates.dense_CF.to(token_CX.dtype))

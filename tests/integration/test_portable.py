@@ -55,7 +55,7 @@ def steps(data: Path, level: str, emulator: tuple[str, ...] = ()) -> list[dict[s
 
 # Three to eight minutes, nearly all of them for importing torch on an emulated processor.
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif(not FULL or QEMU is None, reason="`make test-faults` alone, and with qemu-x86_64 (Debian: qemu-user)")
+@pytest.mark.skipif(not FULL or QEMU is None, reason="in `make test-faults`, with qemu-x86_64 (Debian: qemu-user)")
 def test_an_emulated_haswell_computes_the_same_bits_at_every_step(synthetic: Path) -> None:
     here = steps(synthetic, "D2")
     assert len(here) == 3

@@ -73,6 +73,8 @@ def _one_candidate(tower: LongerTower, user: UserSide, candidate: CandidateSide)
     output_QX = tower.final_norm(steps[-1].output_QX)
     sequence, user_out = output_QX[:num_sequence], output_QX[num_sequence:num_sequence + num_globals]
     own_out = output_QX[-num_own:]
+    if config.count_matches:
+        head_inputs.append(matches_ref(tower, steps[0]))
     item = torch.cat([candidate.embedding[name] for name in tower.item_names], dim=1) * scale
     candidate_inputs = [*head_inputs, own_out.reshape(1, -1), *([item] if scale else []),
                         candidate.dense_CF.to(output_QX.dtype)]
@@ -124,6 +126,17 @@ class Step:
     event_S: list[int | None]
     sampled: list[int]
     output_QX: Tensor
+    score_HQS: Tensor
+
+
+def matches_ref(tower: LongerTower, cross: Step) -> Tensor:
+    """log(1 + n) of each head of the cross layer, 1 x H: the request's weights over the last query's own, summed."""
+    counts = []
+    for score_QS in cross.score_HQS:
+        weights = score_QS[-1].exp()
+        shared = weights[cross.seen_QS[-1] & ~cross.is_own_S].sum()
+        counts.append(torch.log(1 + shared / weights[-1]))
+    return torch.stack(counts).unsqueeze(0)
 
 
 def layer_steps(tower: LongerTower, merged_MX: Tensor, globals_GX: Tensor, own: list[Tensor]) -> list[Step]:
@@ -151,8 +164,11 @@ def layer_steps(tower: LongerTower, merged_MX: Tensor, globals_GX: Tensor, own: 
         seen_QS = torch.tensor([[sees(query, key, placed[:len(chunk)], phd.window) for key in keys]
                                 for query in queries])
         key_SX = torch.cat([token_SX, hidden_UX])
-        both_QX = layer_ref(layer, config.norm, depth == 0, torch.cat([query_QX, hidden_UX]), key_SX, seen_QS, is_own_S)
-        steps.append(Step(key_SX, seen_QS, is_own_S, event_S + [None] * len(hidden), sampled, both_QX))
+        score_HQS: list[Tensor] = []
+        both_QX = layer_ref(layer, config.norm, depth == 0, torch.cat([query_QX, hidden_UX]), key_SX, seen_QS, is_own_S,
+                            score_HQS)
+        steps.append(Step(key_SX, seen_QS, is_own_S, event_S + [None] * len(hidden), sampled, both_QX,
+                          torch.stack(score_HQS)))
         query_QX, hidden_UX = both_QX.split([len(positions), len(hidden)])
         if depth == 0:
             event_S = [None if learned and place < len(sampled) else event_S[position]
@@ -173,8 +189,11 @@ def sees(query: tuple[int, int], key: tuple[int, int], chunk: list[tuple[int, in
 
 
 def layer_ref(layer: CausalLayer, place: NormPlace, is_first: bool, query_QX: Tensor, token_SX: Tensor,
-           seen_QS: Tensor, is_own_S: Tensor) -> Tensor:
-    """Queries through one layer under an explicit mask; ``is_own_S``: a candidate's own tokens."""
+           seen_QS: Tensor, is_own_S: Tensor, scores: list[Tensor] | None = None) -> Tensor:
+    """Queries through one layer under an explicit mask; ``is_own_S``: a candidate's own tokens.
+
+    ``scores`` takes those of each head, Q x S.
+    """
     is_pre = place == "pre" or (place == "hybrid_star" and is_first)
     query_w, key_w, value_w = layer.qkv.weight.split(token_SX.shape[1])
     read_QX, read_SX = (layer.attention_norm(each) if is_pre else each for each in (query_QX, token_SX))
@@ -187,6 +206,8 @@ def layer_ref(layer: CausalLayer, place: NormPlace, is_first: bool, query_QX: Te
                 (query, layer.query_norm), (key, layer.key_norm), (value, layer.value_norm)))
         value = torch.where(is_own_S.unsqueeze(1), value * layer.own_gain[part], value)
         score = query @ key.T / math.sqrt(layer.head_width)
+        if scores is not None:
+            scores.append(score)
         heads.append(score.masked_fill(~seen_QS, -math.inf).softmax(-1) @ value)
     token_QX = query_QX + layer.proj(torch.cat(heads, dim=1))
     normed_QX = layer.ffn_norm(token_QX)

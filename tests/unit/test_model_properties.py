@@ -26,6 +26,7 @@ CONFIGS = {"longer": FULL, "merge 4": {**FULL, "merge_size": 4}, "plain": {"widt
            "hybrid": {**FULL, "norm": "hybrid", "sampling": "uniform"},
            "hybrid_star": {**FULL, "merge_size": 4, "norm": "hybrid_star", "num_self_layers": 2},
            "copies": {"width": 8, "num_queries": 3, "phd": {"copies": 3}, "interaction": {}},
+           "counted": {**FULL, "count_matches": True, "num_heads": 4, "norm": "hybrid"},
            "window": {**FULL, "phd": WINDOW, "merge_size": 1, "inner_trans": None, "num_queries": 6}}
 
 
