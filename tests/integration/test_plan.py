@@ -130,7 +130,8 @@ def test_placement_goes_by_the_topology_and_is_told_with_its_hit_rates(commands:
     told = " ".join(without.out.split())
     assert re.search(r"need \d+ bytes of host memory on a rank, there are 524288", told)
     # The table of remedies folds in a narrow terminal; the page has the words in one piece.
-    assert "ssd=1TB on each host (tables on SSD are not trained by this package)" in (tmp_path / "plan.html").read_text()
+    page = (tmp_path / "plan.html").read_text()
+    assert "ssd=1TB on each host (tables on SSD are not trained by this package)" in page
 
 
 def test_a_table_that_fits_nowhere_else_is_offered_ssd(synthetic: Path) -> None:
