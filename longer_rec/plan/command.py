@@ -1,6 +1,5 @@
 """``longer-rec plan``: from the words of the command line to plans, tables and a page."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ import torch
 from rich.console import Console
 
 from longer_rec.config import dump_config, load_config
-from longer_rec.data.history import open_dataset
+from longer_rec.data.history import Dataset, open_dataset
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job, expect_hits, row_lookups, source_config
 from longer_rec.plan import show
@@ -20,6 +19,7 @@ from longer_rec.plan.scenario import KINDS, Constants, Outcome, Scenario, solve
 from longer_rec.plan.topology import parse_topology
 from longer_rec.plan.whatif import compare, needs, parse_constraints, parse_list, parse_sweep, remedies
 from longer_rec.report.numbers import format_bytes, format_count
+from longer_rec.report.page import make_directory
 from longer_rec.report.plan_page import write_plan_page
 from longer_rec.report.terminal import make_console
 from longer_rec.runtime.distributed import World
@@ -62,19 +62,12 @@ def plan_job(job: Job, request: Request) -> bool:
     dataset = open_dataset(job.data.dir, verify=False)
     proposers = parse_list("--proposer", request.proposers, PROPOSERS)
     partitioners = parse_list("--partitioner", request.partitioners, PARTITIONERS)
-    choices, constants = parse_constraints(request.constraints), _constants(request.calibration)
-    if choices and job.sparse.plan != "auto":
-        raise ConfigError(f"--constrain and sparse.plan={job.sparse.plan} both say what tables may be; add "
-                          "sparse.plan=auto, or leave --constrain out")
     paths = [_plan_path(text, request) for text in request.topologies]
     if len(set(paths)) < len(paths):
         raise ConfigError(f"--topology {' --topology '.join(request.topologies)}: give each machine once")
-    scenarios = [Scenario(job, dataset, parse_topology(text), constants, choices=choices)
-                 for text in request.topologies]
-    for scenario in scenarios:
-        scenario.check()
+    scenarios = _scenarios(job, dataset, request)
     sweeps = [parse_sweep(request.sweeps, scenario) for scenario in scenarios]
-    _make_directory(request.out, paths)
+    make_directory(request.out, stale=paths)
     console, sections, all_fit = make_console(), [], True
     for scenario, sweep, path in zip(scenarios, sweeps, paths, strict=True):
         if job.sparse.placement is not None and not scenario.counts:
@@ -99,6 +92,18 @@ def plan_job(job: Job, request: Request) -> bool:
     write_plan_page(request.out / "plan.html", job.name, about, sections)
     console.print(f"page: {request.out / 'plan.html'}", soft_wrap=True)
     return all_fit
+
+
+def _scenarios(job: Job, dataset: Dataset, request: Request) -> list[Scenario]:
+    choices, constants = parse_constraints(request.constraints), _constants(request.calibration)
+    if choices and job.sparse.plan != "auto":
+        raise ConfigError(f"--constrain and sparse.plan={job.sparse.plan} both say what tables may be; add "
+                          "sparse.plan=auto, or leave --constrain out")
+    scenarios = [Scenario(job, dataset, parse_topology(text), constants, choices=choices)
+                 for text in request.topologies]
+    for scenario in scenarios:
+        scenario.check()
+    return scenarios
 
 
 def _constants(path: Path | None) -> Constants:
@@ -186,18 +191,6 @@ def _plan_path(topology: str, request: Request) -> Path:
     return request.out / ("plan.json" if len(request.topologies) == 1 else f"plan-{name}.json")
 
 
-def _make_directory(out: Path, plans: Sequence[Path] = ()) -> None:
-    """Made now and without ``plans`` of an earlier call, whose job or machine was another."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path in plans:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be written: {error}; give another directory") from None
-    if not os.access(out, os.W_OK):
-        raise ConfigError(f"--out {out} cannot be written; give another directory")
-
-
 def calibrate_job(job: Job, ranks: str, out: Path, measure: Measure) -> None:
     """Run a few steps on each number of ranks, print predicted beside measured, write ``calibration.yaml``."""
     quiet_libraries()
@@ -208,7 +201,7 @@ def calibrate_job(job: Job, ranks: str, out: Path, measure: Measure) -> None:
         raise ConfigError(f"--calibrate measures tables where the plan puts them, sparse.placement="
                           f"{job.sparse.placement} would choose again; add sparse.placement=null "
                           "sparse.device_memory=null")
-    _make_directory(out)
+    make_directory(out)
     _refuse_instances(job)
     compared = calibrate(job, open_dataset(job.data.dir, verify=False), measure, numbers, _CALIBRATION_STEPS)
     constants = fit(compared)

@@ -23,8 +23,8 @@ _NUMBERS: Mapping[str, tuple[str, type[int] | type[float], int]] = {
     "gpus": ("world_size", int, MAX_RANKS), "batch": ("batch_requests", int, 1 << 16),
     "L": ("max_events", int, 1 << 20), "rows": ("row_factor", float, 1 << 20)}
 AXES = (*_NUMBERS, "hbm", "kernels", "constraints")
-# GPUs that are sold, in GiB.
 _TIB_BITS = 40
+# GPUs that are sold, in GiB.
 _GPU_GIB = (16, 24, 32, 40, 48, 64, 80, 96, 141, 180, 192, 288)
 
 
@@ -190,18 +190,23 @@ def _ladders(scenario: Scenario) -> Iterator[list[tuple[str, Scenario]]]:
         yield [(f"{format_bytes(size)} on each host instead of {format_bytes(hardware.host_bytes)}",
                 scenario.change(host_bytes=size)) for size in _grown(hardware.host_bytes)]
         yield from _ssd_ladders(scenario)
-    # Those of open ids stay as they are: by rows, on the device.
+    yield from _table_ladders(scenario)
+
+
+def _table_ladders(scenario: Scenario) -> Iterator[list[tuple[str, Scenario]]]:
+    """Other places for the largest tables; those of open ids stay as they are: by rows, on the device."""
     tables = sorted((table for table in scenario.tables if table.name not in scenario.job.sparse.managed),
                     key=lambda table: -table.num_embeddings * table.embedding_dim)
     if not tables:
         return
-    columns = [columns for power in range(1, 8) for columns in [tables[0].embedding_dim >> power]
-               if columns << power == tables[0].embedding_dim and columns % DIM_MULTIPLE == 0]
-    if not allowed_types(tables[0].name in scenario.pooled_tables, scenario.job.sparse, torch.device(hardware.device),
+    dim = tables[0].embedding_dim
+    columns = [dim >> power for power in range(1, 8) if dim % (DIM_MULTIPLE << power) == 0]
+    device = scenario.hardware.device
+    if not allowed_types(tables[0].name in scenario.pooled_tables, scenario.job.sparse, torch.device(device),
                          scenario.job.elastic.is_strict)["column_wise"]:
         yield [(f"table {tables[0].name!r} column_wise in shards of {width} columns", scenario.with_choice(
             tables[:1], sharding_types=("column_wise",), kernels=(), min_columns=width)) for width in columns]
-    if on_gpu and scenario.job.sparse.placement is None:
+    if device == "cuda" and scenario.job.sparse.placement is None:
         names = _names(tables)
         places = {"fused": "on the device", "fused_uvm_caching": "in host memory behind a device cache",
                   "fused_uvm": "in host memory"}
@@ -214,8 +219,8 @@ def _ladders(scenario: Scenario) -> Iterator[list[tuple[str, Scenario]]]:
 
 def _names(tables: Sequence[TableConfig]) -> list[str]:
     """What the first table, the first two, and so on are called."""
-    names = [", ".join(table.name for table in tables[:count]) for count in (1, 2, 3)]
-    return [*names, *(f"the {count} largest tables" for count in range(4, len(tables) + 1))][:len(tables)]
+    return [", ".join(table.name for table in tables[:count]) if count < 4 else f"the {count} largest tables"
+            for count in range(1, len(tables) + 1)]
 
 
 def _to_ssd(scenario: Scenario, tables: Sequence[TableConfig], name: str) -> tuple[str, Scenario]:

@@ -6,8 +6,9 @@ from pathlib import Path
 from longer_rec.config import flatten
 from longer_rec.errors import ConfigError
 from longer_rec.report import charts
-from longer_rec.report.html import Section, points, results_table, train_seconds, write_page
+from longer_rec.report.html import points, results_table, train_seconds
 from longer_rec.report.numbers import MISSING
+from longer_rec.report.page import Section, write_page
 from longer_rec.report.quality import quality
 from longer_rec.report.run_files import RunFiles, read_run_files
 

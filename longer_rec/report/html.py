@@ -8,10 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-import jinja2
 from markupsafe import Markup, escape
 
-from longer_rec.errors import DataError
 from longer_rec.report import charts
 from longer_rec.report.numbers import (
     METRIC_TITLES,
@@ -25,10 +23,9 @@ from longer_rec.report.numbers import (
     is_number,
     result_cells,
 )
+from longer_rec.report.page import Section, write_page
 from longer_rec.report.quality import attention, quality
 from longer_rec.report.run_files import Line, RunFiles, read_run_files
-
-Section = dict[str, Any]
 
 SPLITS: Final = ("train", "validation", "test")
 # Parts of a step in the order in which they happen.
@@ -50,19 +47,6 @@ def write_report(run_dir: Path) -> Path:
                data=data(files), plan=plan(files), machine=environment(files),
                config=highlight_yaml(files.config_text) if files.config_text else None)
     return path
-
-
-def write_page(path: Path, template: str, **content: Any) -> None:
-    """Fill a template of this package; the file is there whole or not at all."""
-    pages = jinja2.Environment(loader=jinja2.PackageLoader("longer_rec.report", "."), autoescape=True,
-                               undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = pages.get_template(template).render(**content)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}; free space or correct its permissions") from None
 
 
 def headline(files: RunFiles) -> Section:

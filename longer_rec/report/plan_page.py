@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -10,10 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from longer_rec.report import charts
-from longer_rec.report.html import write_page
 from longer_rec.report.numbers import format_bytes
-
-Section = dict[str, Any]
+from longer_rec.report.page import Section, write_page
 
 
 def write_plan_page(path: Path, title: str, about: str, machines: Sequence[Section]) -> None:

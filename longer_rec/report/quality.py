@@ -1,13 +1,13 @@
 """Sections made of ``analysis.json``: metrics by history length and activity, calibration, where candidates look."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
 from longer_rec.report import charts
 from longer_rec.report.numbers import format_count, format_metric
+from longer_rec.report.page import Section
 from longer_rec.report.run_files import Analysis, Bucket, Estimate, Profile
 
-Section = dict[str, Any]
 _DIMENSIONS: Final = {"history_length": ("history length", "events before the request, from"),
                       "user_activity": ("user activity", "requests of the user in the split, from")}
 

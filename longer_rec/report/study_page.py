@@ -14,8 +14,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from rich.markup import escape
 
 from longer_rec.report.charts import INK, MUTED, SERIES, draw
-from longer_rec.report.html import write_page
 from longer_rec.report.numbers import MISSING, format_count, format_duration
+from longer_rec.report.page import write_page
 from longer_rec.report.terminal import make_console, make_table
 
 Content = Mapping[str, Any]

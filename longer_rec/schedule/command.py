@@ -1,7 +1,6 @@
 """``longer-rec schedule``: from a file of jobs to a table, ``schedule.json`` and a picture of each policy."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from itertools import groupby, pairwise
@@ -14,8 +13,8 @@ from markupsafe import Markup
 from longer_rec.config import load_config
 from longer_rec.errors import ConfigError
 from longer_rec.report import charts
-from longer_rec.report.html import write_page
 from longer_rec.report.numbers import format_duration
+from longer_rec.report.page import make_directory, write_page
 from longer_rec.report.terminal import make_console, make_table
 from longer_rec.schedule.devices import best_share, growths, trimmed
 from longer_rec.schedule.jobs import Simulation, all_jobs
@@ -55,7 +54,7 @@ def run_schedule(path: Path, overrides: Sequence[str], out: Path) -> None:
     """Simulate every policy of the file, print the table, write ``schedule.json`` and ``schedule.html``."""
     simulation = load_config(Simulation, path, overrides)
     jobs = all_jobs(simulation)
-    _make_directory(out)
+    make_directory(out)
     outcomes = [simulate(simulation.cluster, jobs, policy, simulation.pause_s, simulation.settle_s)
                 for policy in simulation.policies]
     measures = [measure(outcome) for outcome in outcomes]
@@ -73,12 +72,12 @@ def run_schedule(path: Path, overrides: Sequence[str], out: Path) -> None:
     try:
         (out / "schedule.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot write --out {out}: {error.strerror}; give another directory") from None
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}; give another directory") from None
     write_page(out / "schedule.html", "schedule.html.j2", title=simulation.name, about=f"{len(jobs)} jobs on {devices}",
                table={"head": [(name, name != "policy") for name in _COLUMNS], "rows": rows},
                names=[job.name for job in jobs] if len(jobs) <= charts.NUM_JOB_COLOURS else None,
-               charts=[(outcome.policy, _caption(outcome), _gantt(outcome, simulation, end))
-                       for outcome in outcomes])
+               charts=[(each.policy, f"Devices over time, {len(each.segments):,} placements of {len(jobs):,} jobs",
+                        _gantt(each, simulation, end)) for each in outcomes])
     console.print(f"page: {out / 'schedule.html'}", soft_wrap=True)
 
 
@@ -101,16 +100,6 @@ def measure(outcome: Outcome) -> dict[str, Any]:
         "resizes": sum(job.resizes for job, *_ in finished) / len(finished)}
 
 
-def _make_directory(out: Path) -> None:
-    """Made before the simulation, which may take minutes."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write --out {out}: {error.strerror}; give another directory") from None
-    if not os.access(out, os.W_OK):
-        raise ConfigError(f"cannot write --out {out}: no permission; give another directory")
-
-
 def _row(own: dict[str, Any], first: dict[str, Any]) -> list[str]:
     times = [format_duration(own[f"{name}_s"]) for name in ("mean", "p50", "p90", "waiting", "makespan")]
     against = f"{first['mean_s'] / own['mean_s']:.2f} x" if first["policy"] == "gang" else ""
@@ -121,10 +110,6 @@ def _row(own: dict[str, Any], first: dict[str, Any]) -> list[str]:
 def _job_rows(outcome: Outcome) -> list[dict[str, Any]]:
     return [{"name": job.spec.name, "num_workers": job.spec.num_workers, "arrival_s": job.spec.arrival_s,
              "first_s": job.first_s, "end_s": job.end_s, "resizes": job.resizes} for job in outcome.jobs]
-
-
-def _caption(outcome: Outcome) -> str:
-    return f"Devices over time, {len(outcome.segments):,} placements of {len(outcome.jobs):,} jobs"
 
 
 def _gantt(outcome: Outcome, simulation: Simulation, end_s: float) -> Markup:

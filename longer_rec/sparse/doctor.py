@@ -84,7 +84,8 @@ def _check_fbgemm(installed: Mapping[str, str], torch_version: str, cuda: bool, 
     wanted = _FBGEMM_OF_TORCH.get(_minor(torch_version))
     found = f"torch {torch_version}, fbgemm {fbgemm}"
     if wanted is None:
-        return Check("torch + fbgemm", "warn", f"{found}; known pairs: {_pairs()}", remedy)
+        pairs = ", ".join(f"torch {minor} + fbgemm {its}" for minor, its in _FBGEMM_OF_TORCH.items())
+        return Check("torch + fbgemm", "warn", f"{found}; known pairs: {pairs}", remedy)
     if _minor(fbgemm) != wanted:
         return Check("torch + fbgemm", "fail", f"{found}; torch {_minor(torch_version)} needs fbgemm {wanted}", remedy)
     if bool(gpu_build) != cuda:
@@ -114,10 +115,6 @@ def _minor(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
-def _pairs() -> str:
-    return ", ".join(f"torch {torch_minor} + fbgemm {fbgemm}" for torch_minor, fbgemm in _FBGEMM_OF_TORCH.items())
-
-
 def _check_loading(installed: Mapping[str, str], cuda: bool) -> Check:
     remedy = install_line(installed.get("torch", ""), cuda)
     try:
@@ -143,21 +140,20 @@ def _check_backends() -> list[Check]:
 
 def check_machine(facts: Mapping[str, Any]) -> list[Check]:
     """Cores, memory and limits that training runs into."""
-    checks = [Check("cores", "ok" if facts["cores"] >= 2 else "warn", f"{facts['cores']} usable")]
+    def check(name: str, enough: bool, detail: str, remedy: str = "") -> Check:
+        return Check(name, "ok", detail) if enough else Check(name, "warn", detail, remedy)
+
+    cores, files, threads = facts["cores"], facts["open_files_limit"], facts["omp_num_threads"]
     memory, shared = facts["memory_bytes"] / _GIB, facts["shared_memory_bytes"] / _GIB
-    checks.append(Check("memory", "ok" if memory >= 4 else "warn", f"{memory:.1f} GiB",
-                        "" if memory >= 4 else "make train NPROC=1, and smaller sparse.dims"))
-    checks.append(Check("shared memory", "ok" if shared >= 0.5 else "warn", f"{shared:.1f} GiB free",
-                        "" if shared >= 0.5 else "docker run --shm-size=4g …, or data.loader_processes=0"))
-    files = facts["open_files_limit"]
-    checks.append(Check("open files", "ok" if files >= 1024 else "warn", f"{files} at most",
-                        "" if files >= 1024 else "ulimit -n 65536"))
-    threads = facts["omp_num_threads"]
-    many = threads is not None and threads != "1" and not facts["gpus"]
-    checks.append(Check("OMP_NUM_THREADS", "warn" if many else "ok",
-                        f"{threads}; more than one thread a rank is slower on CPU" if many
-                        else threads or "not set; torchrun sets 1", "export OMP_NUM_THREADS=1" if many else ""))
-    return checks
+    few = threads in (None, "1") or bool(facts["gpus"])
+    return [
+        check("cores", cores >= 2, f"{cores} usable"),
+        check("memory", memory >= 4, f"{memory:.1f} GiB", "make train NPROC=1, and smaller sparse.dims"),
+        check("shared memory", shared >= 0.5, f"{shared:.1f} GiB free",
+              "docker run --shm-size=4g …, or data.loader_processes=0"),
+        check("open files", files >= 1024, f"{files} at most", "ulimit -n 65536"),
+        check("OMP_NUM_THREADS", few, threads or "not set; torchrun sets 1" if few else
+              f"{threads}; more than one thread a rank is slower on CPU", "export OMP_NUM_THREADS=1")]
 
 
 def _check_matmuls() -> Check:

@@ -107,20 +107,17 @@ def allowed_types(pooled: bool, config: SparseConfig, device: torch.device, stri
         return {name: "" if name == "row_wise" else "the rows of open ids are given away by the rank that has their "
                 "bucket; use row_wise" for name in SHARDING_TYPES}
     if strict and pooled:
-        reasons["row_wise"] = ("each rank pools its own rows first, so the order of additions depends on the number of "
-                               "processes, which elastic.strict rules out; use table_wise, or elastic.strict=false")
-        reasons["data_parallel"] = ("replicas are summed rank by rank, in an order that depends on the number of "
-                                    "processes, which elastic.strict rules out; use table_wise, or "
-                                    "elastic.strict=false")
+        refused = ("depends on the number of processes, which elastic.strict rules out; use table_wise, or "
+                   "elastic.strict=false")
+        reasons["row_wise"] = f"each rank pools its own rows first, so the order of additions {refused}"
+        reasons["data_parallel"] = f"replicas are summed rank by rank, in an order that {refused}"
     if config.optimizer == "rowwise_adagrad":
         reasons["column_wise"] = ("rowwise_adagrad keeps one step size for each row and column shard, so the result "
                                   "would depend on the number of shards; use adagrad, or table_wise or row_wise")
-    if not pooled and device.type == "cpu":
-        reasons["data_parallel"] = ("replicated sequence tables corrupt memory in TorchRec's CPU kernels; "
-                                    "use table_wise")
-    elif not pooled:
-        reasons["data_parallel"] = ("sequence tables are looked up once for all logical workers and are not "
-                                    "replicated; use table_wise")
+    if not pooled:
+        fault = ("replicated sequence tables corrupt memory in TorchRec's CPU kernels" if device.type == "cpu" else
+                 "sequence tables are looked up once for all logical workers and are not replicated")
+        reasons["data_parallel"] = f"{fault}; use table_wise"
     elif config.weight_decay:
         reasons["data_parallel"] = "sparse.weight_decay touches looked-up rows alone; use table_wise"
     return reasons

@@ -87,6 +87,14 @@ class TableDemand:
             return 0
         return self.whole_bytes - (len(self.fetches) * self.state_bytes if self.state_on_device else 0)
 
+    def coverage(self, rows: int) -> float:
+        """Share of the fetches that go to the ``rows`` hottest rows."""
+        return float(self.served[rows] / max(self.served[-1], 1e-300))
+
+    def missed(self, rows: int) -> float:
+        """Fetches that ``rows`` on the device do not serve, per byte of the table."""
+        return float((self.served[-1] - self.served[rows]) / self.whole_bytes)
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -114,6 +122,10 @@ class _Budget:
         return True
 
 
+def _budget(demands: Mapping[str, TableDemand], size: int) -> _Budget:
+    return _Budget(np.full(len(next(iter(demands.values())).shares), float(size)))
+
+
 def step_fetches(lookups: Floats, num_steps: float) -> Floats:
     """Share of steps in which a row is looked up at least once, from its ``lookups`` in ``num_steps`` steps.
 
@@ -125,23 +137,12 @@ def step_fetches(lookups: Floats, num_steps: float) -> Floats:
 
 
 def place_tables(demands: Mapping[str, TableDemand], tiers: Tiers) -> dict[str, Placement]:
-    """The memory of every table, given what each rank may take of each tier. A pure function:
+    """The memory of every table by the five rules of docs/tiers.md, given what each rank may take of each tier.
 
-    1. State that FBGEMM keeps on the device anyway is set aside.
-    2. Rows of all tables compete for device memory, in order of fetches per byte, hottest first. A row gets a place if
-       the ranks that hold its table have room; a table whose next rows find none is closed. So all tables share one
-       threshold, as far as their ranks have equally much room.
-    3. A table of which 80 % of the rows got a place, or whose cache would be no smaller than itself, is held whole, if
-       it fits: ``fused``.
-    4. The others compete for host memory by how often their places miss, per byte; what finds no room there is
-       ``key_value``, on SSD, where there is some, with its places for a cache (one set of 32 slots at least).
-    5. Of those in host memory, one whose places cover 10 % of its fetches or more is ``fused_uvm_caching``, with as
-       large a cache as it has places; the rest, which give theirs back, are ``fused_uvm``.
-
-    ``DoesNotFit`` when state alone does not fit (rule 1), or when host memory and SSD cannot hold what is not wholly on
-    the device.
+    A pure function. ``DoesNotFit`` when state alone does not fit (rule 1), or when host memory and SSD cannot hold what
+    is not wholly on the device.
     """
-    budget = _Budget(np.full(len(next(iter(demands.values())).shares), float(tiers.device)))
+    budget = _budget(demands, tiers.device)
     for name, demand in demands.items():
         if not budget.take(name, demand.device_bytes(0), demand.shares):
             raise DoesNotFit(f"sparse.device_memory={tiers.device} cannot hold the optimizer state of table {name!r} "
@@ -149,9 +150,8 @@ def place_tables(demands: Mapping[str, TableDemand], tiers: Tiers) -> dict[str, 
                              "kernel; use more ranks, sparse.optimizer=sgd, or more memory")
     rows = _rows_on_device(demands, budget)
     on_ssd = _tables_on_ssd(demands, rows, tiers)
-    for name in sorted(demands, key=lambda name: _density(demands[name])):
-        demand, num_rows = demands[name], len(demands[name].fetches)
-        if name not in on_ssd and rows[name] < num_rows and _coverage(demand, rows[name]) < MIN_COVERAGE:
+    for name, demand in demands.items():
+        if name not in on_ssd and rows[name] < len(demand.fetches) and demand.coverage(rows[name]) < MIN_COVERAGE:
             rows[name] = 0
             budget.take(name, demand.device_bytes(0), demand.shares)
     for name in on_ssd:
@@ -165,10 +165,8 @@ def place_tables(demands: Mapping[str, TableDemand], tiers: Tiers) -> dict[str, 
 
 def _tables_on_ssd(demands: Mapping[str, TableDemand], rows: Mapping[str, int], tiers: Tiers) -> list[str]:
     """Rule 4: of the tables that are not wholly on the device, those that host memory has no room for."""
-    num_ranks, on_ssd = len(next(iter(demands.values())).shares), []
-    host, ssd = (_Budget(np.full(num_ranks, float(size))) for size in (tiers.host, tiers.ssd))
-    for name in sorted(demands, key=lambda name: -_missed(demands[name], rows[name])):
-        demand = demands[name]
+    host, ssd, on_ssd = _budget(demands, tiers.host), _budget(demands, tiers.ssd), []
+    for name, demand in sorted(demands.items(), key=lambda item: -item[1].missed(rows[item[0]])):
         size = demand.host_bytes(rows[name])
         if host.take(name, size, demand.shares):
             continue
@@ -187,19 +185,13 @@ def _tables_on_ssd(demands: Mapping[str, TableDemand], rows: Mapping[str, int], 
     return on_ssd
 
 
-def _missed(demand: TableDemand, rows: int) -> float:
-    """Fetches that ``rows`` on the device do not serve, per byte of the table."""
-    return float((demand.served[-1] - demand.served[rows]) / demand.whole_bytes)
-
-
 def _placement(demand: TableDemand, rows: int, on_ssd: bool) -> Placement:
+    factor = math.floor(rows / len(demand.fetches) * 1e6) / 1e6
     if on_ssd:
-        factor = max(1e-6, math.floor(rows / len(demand.fetches) * 1e6) / 1e6)
-        return Placement("key_value", factor, _coverage(demand, rows))
+        return Placement("key_value", max(1e-6, factor), demand.coverage(rows))
     if rows == len(demand.fetches):
         return Placement("fused", None, 1.0)
-    factor = math.floor(rows / len(demand.fetches) * 1e6) / 1e6
-    return Placement("fused_uvm_caching" if rows else "fused_uvm", factor or None, _coverage(demand, rows))
+    return Placement("fused_uvm_caching" if rows else "fused_uvm", factor or None, demand.coverage(rows))
 
 
 def _rows_on_device(demands: Mapping[str, TableDemand], budget: _Budget) -> dict[str, int]:
@@ -235,15 +227,6 @@ def _blocks(demand: TableDemand) -> list[tuple[float, int]]:
     starts = np.concatenate([[0], ends[:-1]])
     density = (demand.served[ends] - demand.served[starts]) / (ends - starts) / (demand.weight_bytes + _SLOT_BYTES)
     return list(zip(density.tolist(), ends.tolist(), strict=True))
-
-
-def _density(demand: TableDemand) -> float:
-    return float(demand.served[-1] / demand.whole_bytes)
-
-
-def _coverage(demand: TableDemand, rows: int) -> float:
-    """Share of the fetches that go to the ``rows`` hottest rows."""
-    return float(demand.served[rows] / max(demand.served[-1], 1e-300))
 
 
 def place_equally(tables: Iterable[TableConfig], fetches: Mapping[str, Floats], config: SparseConfig,

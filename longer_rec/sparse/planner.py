@@ -45,7 +45,7 @@ def build_plan(module: nn.Module, config: SparseConfig, world: World, batch_requ
     if config.kernel not in TRAINED_KERNELS:
         raise ConfigError(f"sparse.kernel={config.kernel}: {NOT_TRAINED}; use {' or '.join(TRAINED_KERNELS)}")
     tables: Sequence[TablePlan]
-    if isinstance(config.plan, str) and config.plan == "auto":
+    if config.plan == "auto":
         tables = _automatic(module, config, world, strict, batch_requests, ids_per_request or {}, fetches)
     elif config.plan_path is not None:
         if not config.plan_path.is_file():

@@ -64,10 +64,13 @@ def _batch(schema: Schema, rank: int) -> RequestBatch:
         request_time_B=torch.full((3,), 100), request_row_B=torch.arange(3))
 
 
+def _device(name: str, rank: int) -> torch.device:
+    return torch.device(name, rank) if name == "cuda" else torch.device(name)
+
+
 def _trial(rank: int, world_size: int, device_name: str, pooled: bool, sharding_type: str, kernel: str) -> str:
     """"works", or how the numbers differ."""
-    schema = _POOLED if pooled else _SEQUENCE
-    device = torch.device(device_name, rank) if device_name == "cuda" else torch.device("cpu")
+    schema, device = _POOLED if pooled else _SEQUENCE, _device(device_name, rank)
     config = SparseConfig(default_dim=16, optimizer="sgd", lr=_LR, pooling="sum",
                           kernel="fused" if kernel == "dense" else cast(KernelName, kernel))
     reference = build_tables(schema, config, "cpu")
@@ -101,8 +104,7 @@ def _compare(model: torch.nn.Module, reference: SparseTables, batches: list[Requ
 
 def _bandwidth(rank: int, world_size: int, device_name: str) -> str:
     """GB a second and rank through all-to-all."""
-    device = torch.device(device_name, rank) if device_name == "cuda" else torch.device("cpu")
-    best_s = exchange_s(all_to_all, torch.zeros(_PROBE_BYTES // 4, device=device))
+    best_s = exchange_s(all_to_all, torch.zeros(_PROBE_BYTES // 4, device=_device(device_name, rank)))
     return f"{_PROBE_BYTES / best_s / 1e9:.2f} GB/s per rank"
 
 

@@ -1,10 +1,8 @@
 """Torn, altered and foreign checkpoints: each is found, named, and never half-loaded."""
 
-import json
 import logging
 import os
 import pickle
-import random
 from pathlib import Path
 from typing import Any
 
@@ -61,70 +59,10 @@ def test_one_process_saves_and_loads_without_a_group(saved: Path) -> None:
     assert (saved.parent / "LATEST").read_text() == "step-7\n"
 
 
-def damage(directory: Path, how: str, rng: random.Random) -> None:
-    files = sorted(path for path in directory.iterdir() if path.name != "manifest.json")
-    path = rng.choice(files)
-    content = bytearray(path.read_bytes())
-    if how == "flip":
-        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    elif how == "page":
-        start = rng.randrange(max(1, len(content) - 512))
-        content[start:start + 512] = bytes(value ^ 255 for value in content[start:start + 512])
-    elif how == "cut":
-        del content[rng.randrange(len(content)):]
-    if how == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(content)
-
-
-@pytest.mark.parametrize("how", ["flip", "page", "cut", "missing"])
-def test_every_damage_is_found_and_names_the_file(how: str, saved: Path) -> None:
-    originals = {path: path.read_bytes() for path in saved.iterdir()}
-    manager = CheckpointManager(saved.parent)
-    for seed in range(40):
-        damage(saved, how, random.Random(seed))
-        state = zeros_like(make_state())
-        with pytest.raises(CheckpointError, match=r"step-7/(__0_0\.distcp|\.metadata) (is|has|cannot)"):
-            manager.load(saved, state)
-        assert same(state, zeros_like(make_state()))
-        for path, content in originals.items():
-            path.write_bytes(content)
-    manager.load(saved, zeros_like(make_state()))
-
-
-def test_every_damage_to_the_manifest_is_found(saved: Path) -> None:
-    path = saved / "manifest.json"
-    original = path.read_bytes()
-    meaning = json.loads(original)
-    found = 0
-    for seed in range(300):
-        content = bytearray(original)
-        content[random.Random(seed).randrange(len(content))] ^= 1 << random.Random(seed + 1000).randrange(8)
-        path.write_bytes(content)
-        try:
-            same_meaning = json.loads(content) == meaning
-        except ValueError:
-            same_meaning = False
-        if not same_meaning:  # a flipped space between two keys is no damage
-            with pytest.raises(CheckpointError, match=r"manifest\.json"):
-                CheckpointManager(saved.parent).load(saved, zeros_like(make_state()))
-            found += 1
-    assert found > 200
-
-
-@pytest.mark.parametrize("key", ["model/table", "model/bias", "optimizer/table/momentum", "optimizer/bias/step"])
-def test_dropping_any_key_is_refused_in_both_directions(key: str, tmp_path: Path) -> None:
-    def without(state: dict[str, Any]) -> dict[str, Any]:
-        part, name = key.split("/", 1)
-        return {**state, part: {k: v for k, v in state[part].items() if k != name}}
-
-    whole = CheckpointManager(tmp_path / "whole").save(1, make_state(), {})
-    with pytest.raises(CheckpointError, match=f"does not have, the first '{key}'"):
-        CheckpointManager(whole.parent).load(whole, without(zeros_like(make_state())))
-    partial = CheckpointManager(tmp_path / "partial").save(1, without(make_state()), {})
-    with pytest.raises(CheckpointError, match=f"lacks 1 tensors that this model has, the first '{key}'"):
-        CheckpointManager(partial.parent).load(partial, zeros_like(make_state()))
+def cut(directory: Path) -> None:
+    """One of many damages: tests/integration/faults/test_damaged_checkpoints.py has them all, on two ranks."""
+    path = directory / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:-100])
 
 
 def test_another_shape_or_type_is_refused(saved: Path) -> None:
@@ -140,7 +78,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     manager = CheckpointManager(tmp_path)
     for step in (1, 2, 3):
         manager.save(step, make_state(step), {"cursor": step})
-    damage(tmp_path / "step-3", "cut", random.Random(0))
+    cut(tmp_path / "step-3")
     (tmp_path / "step-2" / "manifest.json").write_text("{")
     state = zeros_like(make_state())
     with caplog.at_level(logging.WARNING):
@@ -156,7 +94,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
 
 def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_none(saved: Path, tmp_path: Path) -> None:
     assert CheckpointManager(tmp_path / "empty").load_latest(make_state()) is None
-    damage(saved, "flip", random.Random(1))
+    cut(saved)
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
         CheckpointManager(saved.parent).load_latest(make_state())
 
@@ -199,7 +137,7 @@ def test_damaged_newer_checkpoint_pushes_out_no_whole_one(tmp_path: Path) -> Non
     """After falling back from step 9 to step 6: what is saved next is older than the damaged one, and stays."""
     for step in (3, 6, 9):
         CheckpointManager(tmp_path, keep=2).save(step, make_state(step), {})
-    damage(tmp_path / "step-9", "cut", random.Random(0))
+    cut(tmp_path / "step-9")
     state = zeros_like(make_state())
     manager = CheckpointManager(tmp_path, keep=1)
     manager.load_latest(state)
@@ -285,7 +223,7 @@ def test_inspect_lists_tensors_and_faults(saved: Path) -> None:
     assert summary.faults == []
     assert "  model/table               200 x 8  float32" in summary_lines(summary, detail=True)
     assert "  fingerprint  abc" in summary_lines(summary)
-    damage(saved, "cut", random.Random(3))
+    cut(saved)
     assert len(inspect_checkpoint(saved).faults) == 1
     assert any(line.startswith("damaged: ") for line in summary_lines(inspect_checkpoint(saved)))
 

@@ -344,18 +344,14 @@ def test_a_pod_that_is_told_to_stop_waits_until_its_ranks_have_saved(pod: Any, t
     commands("longer-rec", f'trap "sleep 0.3; touch {tmp_path}/saved-$RANK; exit 3" TERM; touch {tmp_path}/up-$RANK; '
                            'while :; do sleep 0.05; done')
     with subprocess.Popen(["bash", "-c", script, *arguments], env={**os.environ, **POD}) as process:
-        wait_for(lambda: len(list(tmp_path.glob("up-*"))) == 2)
+        deadline = time.monotonic() + 20
+        while len(list(tmp_path.glob("up-*"))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 3
     assert len(list(tmp_path.glob("saved-*"))) == 2
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("name", ["slurm/train.sbatch", "slurm/rank.sh", "kubernetes/train.yaml"])

@@ -24,12 +24,13 @@ from longer_rec.runtime.distributed import World
 from longer_rec.schema import Feature, Schema, Table
 from longer_rec.sparse.optimizers import apply_table_optimizer
 from longer_rec.sparse.options import Choice, Hardware
-from longer_rec.sparse.planfile import plan_hash
+from longer_rec.sparse.planfile import SparsePlan, plan_hash
 from longer_rec.sparse.planner import check_plan
 from longer_rec.sparse.search import (
     PARTITIONERS,
     PROPOSERS,
     OncePerSize,
+    ShardBytes,
     Space,
     build_space,
     find_plan,
@@ -58,6 +59,14 @@ def space(hardware: Hardware, choices: dict[str, Choice] | None = None, strict: 
     tables = build_tables(SCHEMA, config)
     apply_table_optimizer(tables.parameters(), config)
     return build_space(tables, config, hardware, 32, IDS, 2 * GIB, choices or {}, strict)
+
+
+def planned(searched: Space) -> tuple[SparsePlan, dict[str, list[ShardBytes]]]:
+    """The plan that is found, and the shards of each table."""
+    found = find_plan(searched)
+    assert found.plan is not None
+    return found.plan, {table.table: [shard.size for shard in found.placed if shard.table == table.table]
+                        for table in found.plan.tables}
 
 
 def test_a_topology_says_ranks_hosts_memory_and_rates() -> None:
@@ -138,21 +147,19 @@ def test_every_search_gives_the_plan_of_torchrecs_own_planner() -> None:
 def test_every_table_is_in_the_plan_and_its_bytes_add_up() -> None:
     hardware = parse_topology("8x80GB")
     for optimizer, state in (("rowwise_adagrad", 4), ("adagrad", 256), ("sgd", 0)):
-        found = find_plan(space(hardware, optimizer=optimizer))
-        assert found.plan is not None
-        assert {table.table for table in found.plan.tables} == {"item", "category", "tag"}
-        for table in found.plan.tables:
-            shards = [shard.size for shard in found.placed if shard.table == table.table]
-            assert sum(size.weights for size in shards) == table.rows * 256 == table.weight_bytes
-            assert sum(size.optimizer for size in shards) == table.rows * state == table.optimizer_bytes
-            assert sum(size.host for size in shards) == 0
+        plan, shards = planned(space(hardware, optimizer=optimizer))
+        assert shards.keys() == {"item", "category", "tag"}
+        for table in plan.tables:
+            sizes = shards[table.table]
+            assert sum(size.weights for size in sizes) == table.rows * 256 == table.weight_bytes
+            assert sum(size.optimizer for size in sizes) == table.rows * state == table.optimizer_bytes
+            assert sum(size.host for size in sizes) == 0
 
 
 def test_a_plan_may_be_trained_and_says_what_is_wrong_with_it() -> None:
     hardware = parse_topology("4x80GB")
     searched = space(hardware)
-    plan = find_plan(searched).plan
-    assert plan is not None
+    plan, _ = planned(searched)
     world = World(0, 4, 0, 4, torch.device("cuda"))
     check_plan(plan, searched.module, searched.config, world, strict=False)
     other = SCHEMA.model_copy(update={"tables": (Table(name="item", num_rows=7), *SCHEMA.tables[1:])})
@@ -164,28 +171,24 @@ def test_what_does_not_fit_has_no_plan_and_host_memory_helps() -> None:
     small = parse_topology("2x4GB:host=64GB")
     assert find_plan(space(small)).plan is None
     for kernel in ("fused_uvm", "fused_uvm_caching"):
-        found = find_plan(space(small, {"item": Choice(kernels=(kernel,))}))
-        assert found.plan is not None
-        item = next(table for table in found.plan.tables if table.table == "item")
+        plan, shards = planned(space(small, {"item": Choice(kernels=(kernel,))}))
+        item = next(table for table in plan.tables if table.table == "item")
         assert item.kernel == kernel
-        shards = [shard.size for shard in found.placed if shard.table == "item"]
-        assert sum(size.host for size in shards) == item.weight_bytes
+        assert sum(size.host for size in shards["item"]) == item.weight_bytes
         # The state of row-wise Adagrad stays on the device.
-        assert sum(size.optimizer for size in shards) == item.optimizer_bytes
+        assert sum(size.optimizer for size in shards["item"]) == item.optimizer_bytes
     assert find_plan(space(parse_topology("2x4GB:host=4GB"), {"item": Choice(kernels=("fused_uvm",))})).plan is None
 
 
 def test_ssd_holds_what_neither_device_nor_host_memory_does() -> None:
     on_ssd = {"item": Choice(kernels=("key_value",))}
-    found = find_plan(space(parse_topology("2x4GB:host=4GB,ssd=16GB"), on_ssd))
-    assert found.plan is not None
-    item = next(table for table in found.plan.tables if table.table == "item")
+    plan, shards = planned(space(parse_topology("2x4GB:host=4GB,ssd=16GB"), on_ssd))
+    item, sizes = next(table for table in plan.tables if table.table == "item"), shards["item"]
     assert (item.kernel, item.cache_policy) == ("key_value", "lru")
-    shards = [shard.size for shard in found.placed if shard.table == "item"]
-    assert sum(size.ssd for size in shards) == item.weight_bytes
-    assert sum(size.host for size in shards) == 0
-    assert sum(size.optimizer for size in shards) == item.optimizer_bytes  # FBGEMM keeps it on the device
-    assert max(size.ssd for size in shards) <= 8 * GIB
+    assert sum(size.ssd for size in sizes) == item.weight_bytes
+    assert sum(size.host for size in sizes) == 0
+    assert sum(size.optimizer for size in sizes) == item.optimizer_bytes  # FBGEMM keeps it on the device
+    assert max(size.ssd for size in sizes) <= 8 * GIB
     assert find_plan(space(parse_topology("2x4GB:host=4GB,ssd=8GB"), on_ssd)).plan is None
 
 
@@ -208,18 +211,16 @@ def test_reading_ssd_takes_a_block_for_each_row_that_the_cache_misses() -> None:
 
 
 def test_constraints_are_kept() -> None:
-    found = find_plan(space(parse_topology("4x80GB"), parse_constraints(["item=column_wise+columns:16"]),
+    plan, _ = planned(space(parse_topology("4x80GB"), parse_constraints(["item=column_wise+columns:16"]),
                             optimizer="adagrad"))
-    assert found.plan is not None
-    item = next(table for table in found.plan.tables if table.table == "item")
+    item = next(table for table in plan.tables if table.table == "item")
     assert item.sharding_type == "column_wise"
     assert {shard.sizes for shard in item.shards} == {(40_000_000, 16)}
 
 
 def test_a_strict_job_gets_types_that_do_not_depend_on_the_ranks() -> None:
-    found = find_plan(space(parse_topology("4x80GB"), strict=True))
-    assert found.plan is not None
-    assert all(table.exact for table in found.plan.tables)
+    plan, _ = planned(space(parse_topology("4x80GB"), strict=True))
+    assert all(table.exact for table in plan.tables)
     with pytest.raises(ConfigError, match=r"'tag' cannot be row_wise: .*elastic.strict rules out"):
         space(parse_topology("4x80GB"), {"tag": Choice(("row_wise",))}, strict=True)
 
@@ -258,21 +259,16 @@ def test_a_table_is_constrained_once() -> None:
 
 def test_on_a_cpu_every_kernel_is_planned_and_is_plain_memory() -> None:
     machine = parse_topology("2x64GB:device=cpu")
-    plain = find_plan(space(machine))
-    behind = find_plan(space(machine, {"item": Choice(kernels=("fused_uvm",))}, kernel="fused_uvm_caching"))
-    assert plain.plan is not None
-    assert behind.plan is not None
-    assert {table.table: table.kernel for table in behind.plan.tables} == {
+    plain, sizes = planned(space(machine))
+    behind, same = planned(space(machine, {"item": Choice(kernels=("fused_uvm",))}, kernel="fused_uvm_caching"))
+    assert {table.table: table.kernel for table in behind.tables} == {
         "item": "fused_uvm", "category": "fused_uvm_caching", "tag": "fused_uvm_caching"}
-    assert [(shard.rank, shard.size) for shard in behind.placed] == [(shard.rank, shard.size) for shard in plain.placed]
+    assert sizes == same
+    assert [table.shards for table in plain.tables] == [table.shards for table in behind.tables]
 
 
 def test_a_plans_hash_and_differences_follow_what_it_says() -> None:
-    plans = [find_plan(space(parse_topology(text))).plan for text in ("8x80GB", "8x80GB", "4x80GB")]
-    first, again, other = plans
-    assert first is not None
-    assert again is not None
-    assert other is not None
+    first, again, other = (planned(space(parse_topology(text)))[0] for text in ("8x80GB", "8x80GB", "4x80GB"))
     assert plan_hash(first) == plan_hash(again) != plan_hash(other)
     assert plan_differences(first, again) == []
     lines = plan_differences(first, other)

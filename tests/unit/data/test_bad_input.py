@@ -12,7 +12,7 @@ from longer_rec.data.describe import FilesConfig
 from longer_rec.data.files import read_frames
 from longer_rec.data.history import open_dataset
 from longer_rec.data.prepare import prepare
-from longer_rec.errors import ConfigError, DataError, LongerRecError
+from longer_rec.errors import ConfigError, DataError
 from tests.unit.data.logs import DESCRIPTION, LABELLED, random_log, write_log
 
 COLUMNS = DESCRIPTION["columns"]
@@ -116,32 +116,11 @@ def test_two_hundred_flipped_bits_in_parquet_pages_are_two_hundred_named_errors(
         chunk = chunks[random.integers(len(chunks))]
         start = chunk.dictionary_page_offset or chunk.data_page_offset
         damaged = bytearray(content)
-        # The last byte of a chunk is page data; its first 64 hold the page's header, met by the next test.
+        # Its first 64 bytes hold a page's header, which has no checksum: integration/faults/test_damaged_inputs.py.
         damaged[start + random.integers(64, chunk.total_compressed_size)] ^= 1 << random.integers(8)
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=r"log\.parquet is damaged"):
             list(read_frames(FilesConfig(files=("log.parquet",)), tmp_path, ["who", "what", "when", "price"]))
-
-
-def test_no_flipped_bit_anywhere_in_a_parquet_file_changes_what_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "log.parquet"
-    content = _checked_log(path, 2000)
-    columns = ["who", "what", "when", "price"]
-
-    def read() -> pl.DataFrame:
-        return pl.concat([frame for _, frame in read_frames(FilesConfig(files=("log.parquet",)), tmp_path, columns)])
-
-    truth, random, errors = read(), np.random.default_rng(2), 0
-    header_bytes = [*range(4), *range(len(content) - 600, len(content))]
-    for position in [*random.choice(header_bytes, 100), *random.integers(0, len(content), 100)]:
-        damaged = bytearray(content)
-        damaged[position] ^= 1 << random.integers(8)
-        path.write_bytes(damaged)
-        try:
-            assert read().equals(truth)
-        except LongerRecError as error:
-            errors += "log.parquet" in str(error)
-    assert errors > 100
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 0.3, 0.9, 0.999])

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import fields
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,6 +35,12 @@ def config(dataset: Dataset, **changes: object) -> DataConfig:
     return DataConfig(dir=dataset.path, **{"max_events": 9, "batch_requests": 7, "loader_processes": 0, **changes})
 
 
+def assert_same_steps(first: Sequence[Sequence[RequestBatch]], second: Sequence[Sequence[RequestBatch]]) -> None:
+    for mine, others in zip(first, second, strict=True):
+        for one, other in zip(mine, others, strict=True):
+            assert_same(one, other)
+
+
 def assert_same(first: RequestBatch, second: RequestBatch) -> None:
     for field in fields(RequestBatch):
         one, other = getattr(first, field.name), getattr(second, field.name)
@@ -55,39 +62,24 @@ def test_any_grouping_of_workers_gets_the_same_batches(dataset: Dataset) -> None
     for cuts in ([0, 2, 4], [0, 1, 2, 3, 4], [0, 3, 4]):
         grouping = [range(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
         parts = [train(dataset, workers) for workers in grouping]
-        for step in range(6):
-            joined = [batch for part in parts for batch in part[step]]
-            for first, second in zip(whole[step], joined, strict=True):
-                assert_same(first, second)
+        assert_same_steps(whole, [[batch for part in parts for batch in part[step]] for step in range(6)])
 
 
 def test_a_restart_continues_the_stream(dataset: Dataset) -> None:
-    whole, rest = train(dataset, range(4)), train(dataset, range(4), start=2, steps=4)
-    for first, second in zip(whole[2:], rest, strict=True):
-        for one, other in zip(first, second, strict=True):
-            assert_same(one, other)
+    assert_same_steps(train(dataset, range(4))[2:], train(dataset, range(4), start=2, steps=4))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_background_processes_change_nothing(dataset: Dataset, processes: int) -> None:
     here, there = train(dataset, range(1, 3)), train(dataset, range(1, 3), loader_processes=processes)
-    assert len(here) == len(there) == 6
-    for first, second in zip(here, there, strict=True):
-        for one, other in zip(first, second, strict=True):
-            assert_same(one, other)
+    assert len(here) == 6
+    assert_same_steps(here, there)
 
 
 def test_loading_leaves_the_random_state_alone(dataset: Dataset) -> None:
     state = torch.random.get_rng_state()
     train(dataset, range(4), loader_processes=1, steps=2)
     assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_an_epoch_sees_each_request_once(dataset: Dataset) -> None:
-    total = dataset.num_requests("train")
-    steps = train(dataset, range(4), steps=total // 28 + 1, balance=False)
-    rows = torch.cat([batch.request_row_B for step in steps for batch in step])
-    assert np.array_equal(np.sort(rows[:total].numpy()), np.asarray(dataset.split_rows("train")))
 
 
 def test_balance_deals_the_requests_of_a_step_by_their_work(dataset: Dataset) -> None:
@@ -153,9 +145,7 @@ def test_a_stop_signal_to_all_processes_leaves_the_step_under_way_its_batches(da
     for number in (signal.SIGTERM, signal.SIGUSR1):
         subprocess.run(["kill", f"-{number.value}", *(str(helper.pid) for helper in helpers)], check=True)
     received += steps
-    for mine, others in zip(received, expected, strict=True):
-        for first, second in zip(mine, others, strict=True):
-            assert_same(first, second)
+    assert_same_steps(received, expected)
 
 
 def test_a_loading_process_ends_with_its_loader(dataset: Dataset) -> None:
@@ -219,8 +209,7 @@ def test_workers_outside_the_logical_ones_are_refused(dataset: Dataset) -> None:
 
 def test_packing_keeps_every_tensor(dataset: Dataset) -> None:
     batches = [make_batch(dataset, rows, max_events=9) for rows in ([0, 5, 9], [2], [])]
-    for first, second in zip(batches, unpack_batches(pack_batches(batches)), strict=True):
-        assert_same(first, second)
+    assert_same_steps([batches], [unpack_batches(pack_batches(batches))])
     assert batches[2].num_requests == 0
 
 
