@@ -1,5 +1,7 @@
 """The engine: raw requests become training's batches, cached answers equal fresh ones, nobody waits for a stranger."""
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from longer_rec.bundle import Bundle, load_bundle
 from longer_rec.data.batches import make_batch
 from longer_rec.data.history import Dataset
 from longer_rec.data.raw import raw_request
-from longer_rec.errors import DeadlinePassed, Overloaded, ServeError
+from longer_rec.errors import ConfigError, DeadlinePassed, Overloaded, ServeError
 from longer_rec.model.state import LayerCache, UserState, state_bytes
 from longer_rec.serve.engine import Answer, Engine, EngineConfig
 from longer_rec.serve.histories import Histories
@@ -208,6 +210,27 @@ def test_rounded_states_stay_within_their_bound(bundle: Bundle, dtype: str) -> N
     assert engine.served.cache.num_bytes < exact.served.cache.num_bytes
     engine.close()
     exact.close()
+
+
+def test_bf16_matmuls_stay_within_their_bound_and_are_of_longer_alone(bundle: Bundle, dataset: Dataset, tmp_path: Path
+                                                                      ) -> None:
+    path = write_random_bundle(dataset, tmp_path / "longer")
+    engine = Engine(load_bundle(path, dtype=torch.bfloat16), EngineConfig())
+    assert engine.served.bundle.version == bundle.version
+    answers = [ask(engine, body()).logit_CY for _ in range(2)]
+    assert np.array_equal(*answers)
+    assert 0 < np.abs(answers[0] - full(bundle, body())).max() <= 3 * 2 ** -8 * np.abs(full(bundle, body())).max()
+    engine.close()
+    other = write_random_bundle(dataset, tmp_path / "other", model={"kind": "din"})
+    with pytest.raises(ConfigError, match="holds a din, which is served in fp32 alone; leave precision out"):
+        load_bundle(other, dtype=torch.bfloat16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_threads_that_compute_step_back_behind_the_one_that_answers(engine: Engine) -> None:
+    ask(engine, body())
+    assert {os.getpriority(os.PRIO_PROCESS, thread.native_id or 0) for thread in engine._threads} == {
+        min(19, os.getpriority(os.PRIO_PROCESS, 0) + 5)}
 
 
 def test_int8_keys_and_values_are_half_a_step_off_at_most() -> None:
