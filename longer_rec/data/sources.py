@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from longer_rec.data.describe import EntityConfig, FilesConfig, LogConfig
+from longer_rec.data.describe import EntityConfig, LogConfig
 from longer_rec.data.files import count_rows, hash_inputs, read_frames, resolve_files
 from longer_rec.errors import DataError
 
@@ -47,16 +47,12 @@ class LogSource:
         if entity.source is None or entity.key is None:
             return None
         columns = [entity.key, *(column for feature in entity.features for column in feature.source_columns)]
-        frame = read_whole(entity.source, self.root, list(dict.fromkeys(columns)))
+        columns = list(dict.fromkeys(columns))
+        frames = [frame for _, frame in read_frames(entity.source, self.root, columns)]
+        frame = pl.concat(frames, how="vertical_relaxed") if frames else pl.DataFrame(schema=columns)
         frame = frame.filter(pl.col(entity.key).is_not_null())
         doubled = frame.filter(pl.col(entity.key).is_duplicated())[entity.key]
         if len(doubled):
             raise DataError(f"{entity.source.files[0]}: {entity.key}={doubled[0]!r} has "
                             f"{(doubled == doubled[0]).sum()} rows; keep one row per {entity.key}")
         return frame
-
-
-def read_whole(config: FilesConfig, root: Path, columns: list[str]) -> pl.DataFrame:
-    """The named columns of all files as one frame."""
-    frames = [frame for _, frame in read_frames(config, root, columns)]
-    return pl.concat(frames, how="vertical_relaxed") if frames else pl.DataFrame(schema=columns)

@@ -121,12 +121,8 @@ def _as_list_series(ids: I64, length: I64) -> pl.Series:
     return pl.Series(pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(ids.astype(np.int32))))
 
 
-def _is_ids(name: str, column: Any) -> bool:
-    return isinstance(column, np.ndarray) and column.dtype.kind == "i" and name != "count"
-
-
 def _write_frame(columns: dict[str, Any], path: Path) -> None:
     """Arrays of ids as int32, where they fit; counts, dense features and raw values as they are."""
-    narrow = {name: column.astype(np.int32) if _is_ids(name, column) and column.max(initial=0) < 1 << 31 else column
-              for name, column in columns.items()}
+    narrow = {name: column.astype(np.int32) if isinstance(column, np.ndarray) and column.dtype.kind == "i"
+              and name != "count" and column.max(initial=0) < 1 << 31 else column for name, column in columns.items()}
     pl.DataFrame(narrow).write_ipc(path, compression="uncompressed", compat_level=pl.CompatLevel.oldest())

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import pydantic
 import yaml
@@ -12,6 +12,7 @@ import yaml
 from longer_rec.errors import DataError
 
 Line = dict[str, Any]
+ContentT = TypeVar("ContentT", dict[str, Any], list[Line])
 Estimate = tuple[float | None, float | None, float | None]  # value, low, high; None where there is none
 
 
@@ -104,10 +105,10 @@ def read_run_files(directory: Path) -> RunFiles:
     files = RunFiles(
         directory=directory,
         config_text=_read_text(directory / "config.yaml"),
-        config=_read_mapping(directory / "config.yaml", yaml.safe_load),
-        run=_read_mapping(directory / "run.json", json.loads),
-        plan=_read_mapping(directory / "plan.json", json.loads),
-        results=_read_results(directory / "results.json"),
+        config=_read(directory / "config.yaml", yaml.safe_load, dict),
+        run=_read(directory / "run.json", json.loads, dict),
+        plan=_read(directory / "plan.json", json.loads, dict),
+        results=_read(directory / "results.json", json.loads, list),
         lines=_read_lines(directory / "metrics.jsonl", {"step": int, "split": str}),
         events=_read_lines(directory / "events.jsonl", {"event": str, "time": str}),
         analysis=_read_analysis(directory),
@@ -125,29 +126,18 @@ def _read_text(path: Path) -> str | None:
         raise DataError(f"cannot read {path}: {error}; restore it or remove it") from None
 
 
-def _parse(path: Path, parse: Callable[[str], Any]) -> Any:
+def _read(path: Path, parse: Callable[[str], Any], kind: type[ContentT]) -> ContentT:
+    """What a file holds, empty without one."""
     text = _read_text(path)
     try:
-        return None if text is None else parse(text)
+        content = None if text is None else parse(text)
     except (ValueError, yaml.YAMLError) as error:
         raise DataError(f"{path} is damaged: {' '.join(str(error).split())}; restore it or remove it") from None
-
-
-def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    content = _parse(path, parse)
     if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds a {type(content).__name__}, not a mapping; restore it or remove it")
-    return content
-
-
-def _read_results(path: Path) -> list[dict[str, Any]]:
-    content = _parse(path, json.loads)
-    if content is None:
-        return []
-    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
-        raise DataError(f"{path} does not hold a list of mappings; restore it or remove it")
+        return kind()
+    if not isinstance(content, kind) or (kind is list and not all(isinstance(entry, dict) for entry in content)):
+        what = "list of mappings" if kind is list else "mapping"
+        raise DataError(f"{path} holds a {type(content).__name__}, not a {what}; restore it or remove it")
     return content
 
 

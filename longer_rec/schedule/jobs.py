@@ -84,11 +84,9 @@ class ClusterJob(Config):
 
 
 class Workload(Config):
-    """Jobs drawn from a seed. ``load``: device-seconds of the jobs by those that the cluster has while they arrive.
+    """Jobs drawn from a seed; the kinds and ``load`` are those of docs/scheduling.md.
 
-    poisson: log-normal durations, exponential times between arrivals. trace: the tail of the durations is a power law
-    of exponent 1.2, jobs come in bursts of the same size and mostly by day. Durations are of W devices of the fastest
-    type and at most 100 times the median; they do not depend on W.
+    Durations are of W devices of the fastest type and at most 100 times the median; they do not depend on W.
     """
 
     kind: Literal["poisson", "trace"] = "poisson"

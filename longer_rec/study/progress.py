@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from longer_rec.job import Job
 from longer_rec.report.numbers import format_count, format_duration, format_metric
 from longer_rec.report.terminal import make_console
 from longer_rec.study.tasks import Task
@@ -87,17 +86,13 @@ class StudyProgress:
         if train is None:
             return ""
         validation = next((line for line in reversed(lines) if line.get("split") == "validation"), None)
-        num_steps = count_steps(task.job, self._num_requests[task.job.data.dir])
+        job = task.job  # of one process
+        num_steps = math.ceil(job.train.epochs * self._num_requests[job.data.dir] / job.step_requests())
         text = f"step {format_count(train['step'])} of {format_count(num_steps)}  loss " + format_metric(
             "loss", train.get("loss"))
         if validation:
             text += f"  validation AUC {format_metric('auc', validation.get('auc'))}"
         return text + ("  evaluates" if train["step"] >= num_steps else "")
-
-
-def count_steps(job: Job, num_requests: int) -> int:
-    """Steps of a run on one process."""
-    return math.ceil(job.train.epochs * num_requests / job.step_requests())
 
 
 def last_lines(path: Path) -> list[dict[str, Any]]:

@@ -35,11 +35,7 @@ class StoreSpec(Config):
 class StudyConfig(Config):
     """``models`` crossed with ``data``, the axes of ``grid`` and ``seeds``; every name maps to overrides of ``base``.
 
-    ``stores`` are filled first, one after the other; ``$stores`` in an override is the directory they are in.
-
-    With ``budget_s`` every run takes as long (equal time); without, the ``train.epochs`` that are written (equal
-    requests). Each set of overrides in ``search`` is trained for ``search_budget_s`` on the first seed, and the best of
-    them on validation requests serves all seeds.
+    What each key means is told in docs/studies.md.
     """
 
     name: str

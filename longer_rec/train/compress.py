@@ -114,7 +114,8 @@ def _check_past(past: Path, manifest: StoreManifest) -> None:
 @torch.no_grad()
 def _fill(trainer: Trainer, dataset: Dataset, out: Path, manifest: StoreManifest, reads_past: bool) -> int:
     """Run the forward over all requests that the store lacks, in order of time for each user; instances added."""
-    ranker, compressor, config = trainer.parallel.ranker, _compressor(trainer), trainer.job.data
+    ranker, config = trainer.parallel.ranker, trainer.job.data
+    compressor = next(module for module in ranker.tower.modules() if isinstance(module, Compressor))
     ranker.eval()
     compressor.reads_past = reads_past
     vectors: list[Tensor] = []
@@ -154,11 +155,6 @@ def _oldest(dataset: Dataset, manifest: StoreManifest) -> int:
     if manifest.retention_s is None:
         return -(1 << 62)
     return int(dataset.requests.take("time", np.arange(dataset.requests.num_rows)).max()) - manifest.retention_s
-
-
-def _compressor(trainer: Trainer) -> Compressor:
-    found = [module for module in trainer.parallel.ranker.tower.modules() if isinstance(module, Compressor)]
-    return found[0]
 
 
 def _evaluate(trainer: Trainer, plain: Dataset, store: Path, source: CompressConfig) -> dict[str, float]:

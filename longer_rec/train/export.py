@@ -15,7 +15,6 @@ from longer_rec.bundle import Bundle, BundleManifest, EmbeddingKind, commit_bund
 from longer_rec.config import Config
 from longer_rec.data.batches import make_batch
 from longer_rec.data.history import Dataset
-from longer_rec.data.instance_sources import InstancesConfig
 from longer_rec.data.loader import DataConfig
 from longer_rec.errors import ConfigError, DataError, ServeError
 from longer_rec.job import Job, TrainConfig, input_widths, source_config
@@ -104,14 +103,11 @@ def _manifest(job: Job, dataset: Dataset, step: int, options: ExportOptions) -> 
         name=job.name, model=job.model, max_events=job.data.max_events, widths=input_widths(dataset.schema, job),
         pooling=job.sparse.pooling, embeddings=options.embeddings,
         user_name=dataset.config.users.name if dataset.config.users.id_feature else None,
-        duplicates=dataset.config.duplicates, instances=_absolute(job.data.instances),
+        duplicates=dataset.config.duplicates,
+        # As a server elsewhere on this machine finds it.
+        instances=(given := job.data.instances) and given.model_copy(update={"store": given.store.resolve()}),
         instances_fingerprint=dataset.instances.fingerprint if dataset.instances is not None else None,
         source={"run": job.name, "step": step, "data": dataset.config.name, "data_fingerprint": dataset.fingerprint})
-
-
-def _absolute(config: InstancesConfig | None) -> InstancesConfig | None:
-    """With the store's path as a server elsewhere on this machine finds it."""
-    return config and config.model_copy(update={"store": config.store.resolve()})
 
 
 def _whole_tables(trainer: Trainer) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@
 """
 
 import json
-import os
 import re
 import socket
 import sys
@@ -13,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from longer_rec.errors import ConfigError
 from longer_rec.job import Job
@@ -140,12 +141,4 @@ def _events_since(run_dir: Path, known: dict[Path, int]) -> Iterator[dict[str, A
 
 def _lives(pid: int, host: str) -> bool:
     """Whether a process is there; not, as far as is known here, when it is another host's."""
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    return host == socket.gethostname() and psutil.pid_exists(pid)

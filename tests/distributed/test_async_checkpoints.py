@@ -19,7 +19,7 @@ from longer_rec.checkpoint import manager as manager_module
 from longer_rec.checkpoint.inspect import diff_checkpoints
 from longer_rec.checkpoint.manager import CheckpointManager
 from longer_rec.errors import CheckpointError
-from tests.distributed.test_checkpoint_resharding import ROW_WISE, build, fail, state, train
+from tests.distributed.test_checkpoint_resharding import ROW_WISE, build, state, train
 from tests.reference.ranks import RankFailure, run_ranks
 
 
@@ -104,6 +104,10 @@ def test_saves_queue_up_behind_each_other(tmp_path: Path) -> None:
         found = one(0.0)
         manager.load(tmp_path / f"step-{step}", found)
         assert all(torch.equal(found[key], expected) for key, expected in one(step).items())
+
+
+def fail(*arguments: object, **options: object) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def fill_the_disk(rank: int, world_size: int, directory: Path) -> tuple[str, str, str]:

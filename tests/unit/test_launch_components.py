@@ -74,25 +74,19 @@ def test_torchx_accepts_the_component_and_each_argument_is_described(component: 
     assert re.findall(r"(?m)^        (\w+): \S", docstring) == names
 
 
-def test_planning_is_one_command_on_one_node() -> None:
-    request = render("slurm", "--config", CONFIG, "--topology", "64x80GB:local=8", "--out", "plans/a", "--",
-                     "data.batch_requests=64", "--sweep", "gpus=8,16", component="plan")
-    replica, = request.replicas.values()
-    assert [replica.entrypoint, *replica.args] == [
-        "longer-rec", "plan", CONFIG, "--topology", "64x80GB:local=8", "--out", "plans/a", "data.batch_requests=64",
-        "--sweep", "gpus=8,16"]
-    with pytest.raises(Exception, match="configs/frist.yaml is no file here"):
-        render("slurm", "--config", "configs/frist.yaml", "--topology", "8x80GB", component="plan")
-
-
-def test_serving_is_one_command_on_one_node() -> None:
-    request = render("slurm", "--bundle", "/storage/bundles/1", "--port", "8080", "--", "cache_bytes=8GB",
-                     component="serve")
-    replica, = request.replicas.values()
-    assert [replica.entrypoint, *replica.args] == [
-        "longer-rec", "serve", "/storage/bundles/1", "host=127.0.0.1", "port=8080", "cache_bytes=8GB"]
-    with pytest.raises(Exception, match="--port 0: use 1 to 65535"):
-        render("slurm", "--bundle", "b", "--port", "0", component="serve")
+@pytest.mark.parametrize(("component", "arguments", "command", "wrong", "told"), [
+    ("plan", f"--config {CONFIG} --topology 64x80GB:local=8 --out plans/a -- data.batch_requests=64 --sweep gpus=8,16",
+     f"plan {CONFIG} --topology 64x80GB:local=8 --out plans/a data.batch_requests=64 --sweep gpus=8,16",
+     "--config configs/frist.yaml --topology 8x80GB", "configs/frist.yaml is no file here"),
+    ("serve", "--bundle /storage/bundles/1 --port 8080 -- cache_bytes=8GB",
+     "serve /storage/bundles/1 host=127.0.0.1 port=8080 cache_bytes=8GB",
+     "--bundle b --port 0", "--port 0: use 1 to 65535")])
+def test_planning_and_serving_are_one_command_on_one_node(component: str, arguments: str, command: str, wrong: str,
+                                                          told: str) -> None:
+    replica, = render("slurm", *arguments.split(), component=component).replicas.values()
+    assert [replica.entrypoint, *replica.args] == ["longer-rec", *command.split()]
+    with pytest.raises(Exception, match=told):
+        render("slurm", *wrong.split(), component=component)
 
 
 @pytest.mark.parametrize(("name", "arguments"), [

@@ -10,12 +10,11 @@ import pytest
 from longer_rec.batch import RequestBatch
 from longer_rec.data import frequency
 from longer_rec.data.batches import make_batch
-from longer_rec.data.frequency import LOOKUPS, STORED_EVENTS, count_lookups, stored_lookups
-from longer_rec.data.history import Dataset, open_dataset
+from longer_rec.data.frequency import STORED_EVENTS, count_lookups, stored_lookups
+from longer_rec.data.history import Dataset
 from longer_rec.data.loader import DataConfig, TrainLoader
 from longer_rec.data.prepare import summary_lines
 from longer_rec.data.replay import replay_lookups
-from longer_rec.errors import DataError
 from tests.unit.data.logs import DESCRIPTION, LABELLED, prepared, random_log
 
 USERS = {"source": {"files": ["users.csv"]}, "key": "who",
@@ -87,16 +86,6 @@ def test_what_is_stored_is_what_would_be_counted(tmp_path: Path, monkeypatch: py
     stored = stored_lookups(short, EVENTS)
     assert stored is not None
     np.testing.assert_array_equal(stored["item"], count_lookups(short, EVENTS)["item"])
-
-
-def test_stored_lookups_belong_to_the_data(tmp_path: Path) -> None:
-    dataset = with_users(tmp_path, DESCRIPTION)
-    path = dataset.path / LOOKUPS
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=f"{LOOKUPS} is damaged"):
-        open_dataset(dataset.path)
 
 
 def test_the_summary_says_how_unequal_lookups_are(tmp_path: Path) -> None:

@@ -314,6 +314,7 @@ def test_every_damaged_file_is_named(tmp_path: Path) -> None:
     dataset = prepared(tmp_path, random_log())
     names = sorted(one.name for one in dataset.path.iterdir())
     assert len(names) > 10
+    assert "lookups.arrow" in names
     random = np.random.default_rng(0)
     for name in names:
         content = (dataset.path / name).read_bytes()
