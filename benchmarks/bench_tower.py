@@ -142,7 +142,7 @@ def _learn(forward: Callable[[], Tensor], _: int) -> None:
 
 def _forward_flops(forward: Callable[[], Tensor]) -> int:
     """Of the matmuls that run: attention under a causal mask counts whole."""
-    with torch.no_grad(), flop_counter() as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward()
     return counter.get_total_flops()
 

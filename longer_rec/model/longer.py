@@ -54,7 +54,7 @@ class TowerConfig(Config):
     norm: NormPlace = "pre"
     norm_kind: NormKind = "layer"
     layer_init: LayerInit | None = pydantic.Field(None, description="null: megatron for hybrid norms, else plain")
-    count_matches: bool = pydantic.Field(False, description="the head reads how much each head of the cross layer found")
+    count_matches: bool = pydantic.Field(False, description="the head reads what each cross-layer head found")
     matcher_gamma: float = pydantic.Field(2.0, ge=0.0, description="W_q, W_k start as this times I; 0: random start")
     projection_hidden: int = pydantic.Field(0, ge=0, description="hidden width of the input projection; 0: linear")
     age_buckets: int = pydantic.Field(64, ge=2)
