@@ -20,7 +20,7 @@ def make_directory(out: Path, stale: Iterable[Path] = ()) -> None:
             path.unlink(missing_ok=True)
         fault = None if os.access(out, os.W_OK) else "no permission"
     except OSError as error:
-        fault = error.strerror
+        fault = str(error)
     if fault:
         raise ConfigError(f"--out {out} cannot be written: {fault}; give another directory")
 
