@@ -44,7 +44,7 @@ SCHEMA = Schema(
             Table(name="tag", num_rows=70)),
     item_features=(Feature(name="item", table="item"), Feature(name="category", table="category")),
     user_features=(Feature(name="tags", table="tag", multi_valued=True),), tasks=("label",))
-IDS = {"history.item": 500.0, "history.category": 500.0, "candidates.item": 50.0, "candidates.category": 50.0}
+IDS = {"item": 550.0, "category": 550.0}
 
 
 @pytest.fixture(autouse=True)
