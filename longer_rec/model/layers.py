@@ -110,13 +110,13 @@ class CausalLayer(nn.Module):
                 query_CQHE.split(counts), cache.key_SHE.split(lengths), cache.value_SHE.split(lengths),
                 key_CGHE.split(counts), value_CGHE.split(counts), strict=True)]
             mixed, log_sums = zip(*parts or [(query_CQHE, query_CQHE[..., 0])], strict=True)
-            return cat_or_one(mixed).reshape(C, Q, -1), cat_or_one(log_sums)
+            return cat_or_one(mixed).flatten(2), cat_or_one(log_sums)
         shared, log_sum = attend_all(query_CQHE.flatten(0, 1), cache.key_SHE, cache.value_SHE, num_candidates_B * Q,
                                      cache.length_B)
         if cache.window is not None:
             shared, log_sum = self._add_window(shared, log_sum, query_CQHE, cache.window, num_candidates_B, mask)
         mixed_CQHE = merge_own(shared, log_sum, query_CQHE, key_CGHE, value_CGHE, mask)
-        return mixed_CQHE.reshape(C, Q, -1), log_sum.view(C, Q, H)
+        return mixed_CQHE.flatten(2), log_sum.view(C, Q, H)
 
     def _add_window(self, shared_QHE: Tensor, log_sum_QH: Tensor, query_CQHE: Tensor, window: LayerCache,
                     num_candidates_B: Tensor, mask: OwnMask) -> tuple[Tensor, Tensor]:

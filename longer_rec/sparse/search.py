@@ -314,8 +314,8 @@ def _check_ssd(where: str, config: SparseConfig, hardware: Hardware) -> None:
         raise ConfigError(f"{where} cannot use kernel 'key_value': FBGEMM keeps tables on SSD for GPUs alone; use "
                           "another kernel, or plan for GPUs")
     if not hardware.ssd_bytes:
-        raise ConfigError(f"{where} cannot use kernel 'key_value': there is no SSD; say how much each host has, such "
-                          "as --topology 8xH100:ssd=3TB")
+        raise ConfigError(f"{where} cannot use kernel 'key_value': there is no SSD on the hosts of these "
+                          f"{hardware.world_size} ranks; add what each has to their topology, such as 8xH100:ssd=3TB")
     if config.optimizer != "rowwise_adagrad":
         raise ConfigError(f"{where} cannot use kernel 'key_value': of the rules that there are here FBGEMM updates "
                           f"rows on SSD by rowwise_adagrad alone, not {config.optimizer}; use it, or another kernel")

@@ -59,6 +59,8 @@ def resize_run(run_dir: Path, num_ranks: int) -> str:
 
     ``ConfigError`` when it cannot, is not running, or was asked for something else meanwhile.
     """
+    if (run_dir / "lock").exists() and not (run_dir / "run.json").exists() and (holder := holder_of(run_dir)):
+        raise ConfigError(f"{run_dir} is just being started by {holder}; ask again in a moment")
     job = load_job(run_dir)
     _check_size(job, str(num_ranks))
     holder = holder_of(run_dir)

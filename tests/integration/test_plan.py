@@ -164,7 +164,7 @@ def test_a_table_that_fits_nowhere_else_is_offered_ssd(synthetic: Path) -> None:
     (["--topology", "8x80GB", "--calibration", "none.yaml"], "--calibration none.yaml .*cannot read none.yaml"),
     (["--topology", "8x80GB", "sparse.placement=auto", "--sweep", "rows=2"], "rows=2: .* says nothing of other rows"),
     (["--topology", "8x80GB", "sparse.placement=auto", "--constrain", "item=fused_uvm"], "decides the kernel of table"),
-    (["--topology", "8x80GB", "sparse.kernel=key_value"], "cannot use kernel 'key_value': there is no SSD; say how"),
+    (["--topology", "8x80GB", "sparse.kernel=key_value"], "there is no SSD on the hosts of these 8 ranks; add what"),
     (["--calibrate", "1", "sparse.placement=auto"], "placement=auto would choose again; add sparse.placement=null"),
     (["--calibrate", "two"], "two is not a list of numbers"),
     (["--calibrate", "1,9999"], "--calibrate 9999: this machine can measure 1 to [0-9]+ ranks")])

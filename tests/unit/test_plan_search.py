@@ -230,7 +230,7 @@ def test_a_strict_job_gets_types_that_do_not_depend_on_the_ranks() -> None:
     ("item=rowwise", "'item' cannot be rowwise: known are table_wise"),
     ("item=column_wise", "'item' cannot be column_wise: rowwise_adagrad"),
     ("item=data_parallel", "'item' cannot be data_parallel: sequence tables"),
-    ("item=key_value", "cannot use kernel 'key_value': there is no SSD; say how much each host has, such"),
+    ("item=key_value", "no SSD on the hosts of these 4 ranks; add what each has to their topology, such"),
     ("item=ssd", "'item' cannot be ssd: known are table_wise"),
     ("item=table_wise+columns:16", "of 64 columns cannot be cut into columns:16; add column_wise"),
     ("item=fused+fused", "says fused twice; keep one of them"),
