@@ -35,7 +35,8 @@ def attention_mass(tower: LongerTower, user: UserSide, candidates: CandidateSide
     merged_length_B = merged_lengths(length_B, K)
     position_M = position_from_newest(merged_length_B, int(merged_length_B.sum())) * K
     newest_row_M = torch.repeat_interleave(start_of(length_B) + length_B - 1, merged_length_B) - position_M
-    with _recorded(tower.causal_layers, "encode") as encoded, _recorded(tower.causal_layers, "score") as scored:
+    with (_recorded(tower.causal_layers, "encode") as encoded,
+          _recorded(tower.causal_layers, "score", "score_and_count") as scored):
         tower.score(tower.encode(user), candidates)
     edges = [edge.to(length_B.device) for edge in (position_edge, age_edge)]
     buckets = [torch.bucketize(value_M, edge, right=True)
@@ -80,8 +81,8 @@ def _layer_mass(layer: CausalLayer, token_CGX: Tensor, cache: LayerCache, num_ca
 
 
 @contextmanager
-def _recorded(layers: Sequence[CausalLayer], method: str) -> Iterator[list[tuple[Any, ...]]]:
-    """The arguments of each layer's ``method``, in the order of the calls."""
+def _recorded(layers: Sequence[CausalLayer], *methods: str) -> Iterator[list[tuple[Any, ...]]]:
+    """The arguments of each layer's ``methods``, in the order of the calls."""
     calls: list[tuple[Any, ...]] = []
 
     def recording(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,13 +91,13 @@ def _recorded(layers: Sequence[CausalLayer], method: str) -> Iterator[list[tuple
             return original(*arguments)
         return record_and_call
 
-    replaced = [vars(layer).get(method) for layer in layers]
-    for layer in layers:
+    replaced = [(layer, method, vars(layer).get(method)) for layer in layers for method in methods]
+    for layer, method, _ in replaced:
         setattr(layer, method, recording(getattr(layer, method)))
     try:
         yield calls
     finally:
-        for layer, own in zip(layers, replaced, strict=True):
+        for layer, method, own in replaced:
             delattr(layer, method)
             if own is not None:
                 setattr(layer, method, own)  # recomputation's

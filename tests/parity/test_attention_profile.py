@@ -70,7 +70,8 @@ def add_layer(total, layer, step, num_own, place):
 @pytest.mark.parametrize("settings", [{}, {"merge_size": 3, "num_cls_tokens": 2}, {"user_token": False},
                                       {"merge_size": 1, "interaction": {"placement": "token"}},
                                       {"merge_size": 1, "sampling": "uniform"}, {"sampling": "learnable"},
-                                      {"norm": "hybrid_star"}, {"phd": {"copies": 3}, "interaction": {}},
+                                      {"norm": "hybrid_star", "count_matches": True},
+                                      {"phd": {"copies": 3}, "interaction": {}},
                                       {"phd": {"copies": 3, "window": 3, "chunk": 2}},
                                       {"sampling": "all", "num_queries": 50, "pooling": "globals+mean"}])
 def test_mass_equals_a_softmax_of_one_candidate_at_a_time(settings):
