@@ -52,7 +52,11 @@ def command_server() -> Iterator[CommandServer]:
         finally:
             assert process.stdin is not None
             process.stdin.close()
-            process.wait(10)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:  # a process that a test has left behind holds the pipe, too
+                process.kill()
+                raise
 
 
 def _serve() -> None:

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from multiprocessing.connection import Connection
@@ -173,9 +174,13 @@ def test_a_loading_process_that_does_not_answer_ends_the_wait(dataset: Dataset, 
         sent.append(buffer)
         if len(sent) != 2:
             return send(connection, buffer)
-        message = struct.pack("!i", len(buffer)) + bytes(buffer)
-        os.write(connection.fileno(), message[:int(written * len(message))])
-        os.kill(os.getpid(), signal.SIGSTOP)
+        message, maker = struct.pack("!i", len(buffer)) + bytes(buffer), os.getpid()
+        if os.fork() == 0:  # what is written arrives when its maker stands still: it could hand memory over until then
+            while Path(f"/proc/{maker}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                time.sleep(0.001)
+            os.write(connection.fileno(), message[:int(written * len(message))])
+            os._exit(0)
+        os.kill(maker, signal.SIGSTOP)
 
     monkeypatch.setattr(Connection, "_send_bytes", stop_at_the_second)
     steps = iter(TrainLoader(dataset, config(dataset, loader_processes=1, prefetch_batches=1, timeout_s=4), seed=5,
